@@ -1,0 +1,304 @@
+"""Configuration: what is accepted, and the sentence that answers each mistake."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ftd.config import Config, Nic, check_files, load
+from ftd.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "configs"
+
+MINIMAL = """
+[node]
+name = "a"
+role = "primary"
+[link]
+listen = "10.0.0.1"
+peer = "10.0.0.2"
+insecure = true
+[arbiter]
+accept_split_brain = true
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "a.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems(path: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).splitlines() == list(caught.value.problems)
+    assert caught.value.exit_code == 2
+    return [problem.removeprefix(f"{path}: ") for problem in caught.value.problems]
+
+
+def changed(old: str, new: str) -> str:
+    assert old in MINIMAL
+    return MINIMAL.replace(old, new)
+
+
+# ---- what is accepted -------------------------------------------------------------------------------------
+
+
+def test_minimal_file_gives_the_documented_defaults(write):
+    config = load(write(MINIMAL))
+    assert config.node.state_folder == Path("/var/lib/ftd/a")
+    assert config.node.run_folder == Path("/run/ftd/a")
+    assert (config.link.port, config.link.heartbeat_port, config.http.port) == (7788, 7789, 9105)
+    assert config.link.expected_peer_name == "10.0.0.2"
+    assert config.heartbeat.detection_seconds == pytest.approx(0.3)
+    assert config.machine.memory_bytes == 256 * 1024 * 1024
+    assert config.machine.nic == ()
+
+
+@pytest.mark.parametrize("role", ["primary", "backup"])
+def test_examples_load(role):
+    assert load(EXAMPLES / f"{role}.example.toml").node.role == role
+
+
+@pytest.mark.parametrize("role", ["primary", "backup"])
+def test_examples_name_every_key(role, write):
+    text = (EXAMPLES / f"{role}.example.toml").read_text()
+    # A key that is commented out follows the `#` directly; prose has a blank there.
+    uncommented = re.sub(r"(?m)^#(?=\w)", "", text)
+    load(write(uncommented))
+    data = tomllib.loads(uncommented)
+    for name, section in Config.model_fields.items():
+        keys = set(section.annotation.model_fields)
+        if role == "backup":
+            keys.discard("attach")
+        assert keys == data[name].keys(), name
+    assert Nic.model_fields.keys() == data["machine"]["nic"][0].keys()
+
+
+@pytest.mark.parametrize("section", [*(field.annotation for field in Config.model_fields.values()), Nic])
+def test_every_key_is_described_with_its_default(section):
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        told = "Required" if field.is_required() else "Default: |Needed unless"
+        assert re.search(told, field.description or ""), name
+
+
+def test_relative_paths_start_at_the_folder_of_the_file(write, tmp_path):
+    config = load(write(MINIMAL + '[machine]\nkernel = "boot/vmlinuz"\nmemory_path = "/dev/shm"\n'))
+    assert config.machine.kernel == tmp_path / "boot/vmlinuz"
+    assert config.machine.memory_path == Path("/dev/shm")
+
+
+def test_network_cards(write):
+    config = load(
+        write(
+            MINIMAL
+            + '[[machine.nic]]\ntap="tap0"\nmac="52:54:00:00:00:01"\n'
+            + '[[machine.nic]]\ntap="tap1"\nmac="52:54:00:00:00:02"\n'
+        )
+    )
+    assert [nic.tap for nic in config.machine.nic] == ["tap0", "tap1"]
+
+
+# ---- files that cannot be read ----------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"none\.toml: no such file or directory; create it, or correct the path"
+    ):
+        load(tmp_path / "none.toml")
+
+
+def test_folder_in_place_of_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="is a directory"):
+        load(tmp_path)
+
+
+def test_not_text(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"[node]\nname = '\xff'\n")
+    assert problems(path) == ["is not UTF-8 text (byte 15); save it as UTF-8"]
+
+
+def test_syntax_error_names_the_line(write):
+    [problem] = problems(write("[node]\nname = web\n"))
+    assert problem.startswith("line 2, column 8: Invalid value")
+    assert "`name = web`" in problem
+
+
+def test_syntax_error_at_the_end_of_the_file(write):
+    [problem] = problems(write('[node]\nname = """web'))
+    assert problem.startswith("line 2 (end of file)")
+
+
+# ---- one mistake, one sentence ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            MINIMAL + "[epoch]\nlenght_ms = 20\n",
+            "[epoch] lenght_ms = 20: unknown key; did you mean length_ms?",
+        ),
+        (MINIMAL + "[epochs]\nlength_ms = 20\n", "epochs = {…}: unknown section; did you mean epoch?"),
+        (
+            MINIMAL + "[http]\nzzz = 1\n",
+            "[http] zzz = 1: unknown key; known here: listen, port",
+        ),
+        (
+            MINIMAL + "[epoch]\nlength_ms = 4\n",
+            "[epoch] length_ms = 4: is out of range; give a whole number from 5 to 10000",
+        ),
+        (
+            MINIMAL + "[epoch]\nverify_every = -1\n",
+            "[epoch] verify_every = -1: is out of range; give a whole number from 0 up",
+        ),
+        (
+            MINIMAL + '[http]\nport = "9105"\n',
+            '[http] port = "9105": is a string; write a whole number',
+        ),
+        (MINIMAL + "[http]\nport = true\n", "[http] port = true: is true or false; write a whole number"),
+        (
+            MINIMAL + "[epoch]\nlength_ms = 7.5\n",
+            "[epoch] length_ms = 7.5: is a number with a fraction; write a whole number",
+        ),
+        (
+            MINIMAL + "[machine]\nkernel = 1\n",
+            "[machine] kernel = 1: is a whole number; write a path in quotes",
+        ),
+        (
+            MINIMAL + '[machine]\narguments = "-S"\n',
+            '[machine] arguments = "-S": is a string; write a list of strings: ["…", "…"]',
+        ),
+        (
+            MINIMAL + "[machine]\narguments = [1]\n",
+            "[machine] arguments[0] = 1: is a whole number; write a string in quotes",
+        ),
+        ("http = 1\n" + MINIMAL, "[http] = 1: is a whole number; write a section: [http]"),
+        (
+            changed('role = "primary"', 'role = "master"'),
+            """[node] role = "master": is not one of the possible values; choose 'primary' or 'backup'""",
+        ),
+        (
+            changed('name = "a"', 'name = "Web 1"'),
+            '[node] name = "Web 1": is not well-formed; it is: name of this node: '
+            "lower-case letters, digits and dashes, at most 32",
+        ),
+        (
+            changed('name = "a"', ""),
+            "[node] name: is missing; it is: name of this node: "
+            "lower-case letters, digits and dashes, at most 32",
+        ),
+        (
+            changed('listen = "10.0.0.1"', 'listen = ""'),
+            '[link] listen = "": is empty; it is: address of this node on the link between the two',
+        ),
+        (
+            changed("insecure = true", ""),
+            "[link] certificate: is missing; give a PEM file, "
+            "or set insecure = true on a link that nobody else can reach",
+        ),
+        (
+            changed("insecure = true", 'insecure = true\nkey = "k.pem"'),
+            '[link] key = "k.pem": is of no use with insecure = true; remove the one or the other',
+        ),
+        (
+            changed("insecure = true", "insecure = true\nheartbeat_port = 7788"),
+            "[link] heartbeat_port = 7788: is also [link] port; give the two different ports, such as 7789",
+        ),
+        (
+            MINIMAL + "[http]\nport = 7789\n",
+            "[http] port = 7789: is also [link] heartbeat_port; choose another, such as 7790",
+        ),
+        (
+            MINIMAL + "[heartbeat]\ninterval_ms = 1000\nmisses = 100\n",
+            "[heartbeat] misses = 100: with interval_ms = 1000 notices a loss after 100 s; "
+            "keep interval_ms × misses within 60 s",
+        ),
+        (
+            MINIMAL + "[epoch]\nin_flight_mib = 32\n",
+            "[epoch] in_flight_mib = 32: is less than one slot ([staging] slot_mib = 64), "
+            "so that a full one could never be sent; give at least 64",
+        ),
+        (
+            MINIMAL + "[machine]\ndirty_ring_size = 5000\n",
+            "[machine] dirty_ring_size = 5000: is not a power of two from 1024 to 65536; "
+            "8192 would be, or 0 for the bitmap",
+        ),
+        (
+            MINIMAL + '[machine]\nappend = "quiet"\n',
+            '[machine] append = "quiet": needs a kernel; set [machine] kernel, or remove it',
+        ),
+        (
+            MINIMAL + '[[machine.nic]]\ntap = "tap0"\nmac = "52:54"\n',
+            '[[machine.nic]] number 1, mac = "52:54": is not well-formed; it is: '
+            "hardware address of the card, the same on both nodes, such as 52:54:00:12:34:56",
+        ),
+        (
+            MINIMAL
+            + '[[machine.nic]]\ntap="tap0"\nmac="52:54:00:00:00:0a"\n'
+            + '[[machine.nic]]\ntap="tap1"\nmac="52:54:00:00:00:0A"\n',
+            '[[machine.nic]] number 2, mac = "52:54:00:00:00:0A": is that of number 1, too; '
+            "give each its own",
+        ),
+        (
+            MINIMAL + '[machine.nic]\ntap = "tap0"\n',
+            "[machine] nic = {…}: is a table; write it as [[machine.nic]]",
+        ),
+        (
+            changed('role = "primary"', 'role = "backup"') + '[machine]\nattach = "/run/q.sock"\n',
+            '[machine] attach = "/run/q.sock": is for the primary only; '
+            'remove it, or set [node] role = "primary"',
+        ),
+        (
+            changed("[arbiter]\naccept_split_brain = true\n", ""),
+            "[arbiter] accept_split_brain: without an arbiter a broken link lets both nodes run the guest; "
+            "set [arbiter] accept_split_brain = true if you accept that",
+        ),
+        (
+            changed("[link]", "[lnk]"),
+            "[link]: is missing; add the section with listen, peer",
+        ),
+    ],
+)
+def test_mistake(write, text, expected):
+    assert expected in problems(write(text))
+
+
+def test_all_mistakes_are_told_at_once(write):
+    found = problems(write(MINIMAL + "[epoch]\nlength_ms = 0\n[http]\nport = 0\n[staging]\nslots = 99\n"))
+    assert len(found) == 3
+
+
+def test_long_values_are_shortened(write):
+    [problem] = problems(write(MINIMAL + f'[http]\nport = "{"x" * 500}"\n'))
+    assert len(problem) < 150
+
+
+def test_newline_in_a_value_stays_on_one_line(write):
+    [problem] = problems(write(changed('name = "a"', 'name = "a\\nb"')))
+    assert "\n" not in problem
+
+
+# ---- files on this machine --------------------------------------------------------------------------------
+
+
+def test_check_files_names_each_missing_one(write, tmp_path):
+    config = load(
+        write(MINIMAL + '[machine]\nkernel = "vmlinuz"\ninitrd = "initrd"\nmemory_path = "nowhere"\n')
+    )
+    (tmp_path / "initrd").touch()
+    with pytest.raises(ConfigError) as caught:
+        check_files(config)
+    assert caught.value.problems == (
+        f'[machine] kernel = "{tmp_path}/vmlinuz": no such file or directory; create it, or correct the path',
+        f'[machine] memory_path = "{tmp_path}/nowhere": is not a folder; give one in a tmpfs or hugetlbfs',
+    )
