@@ -1,0 +1,231 @@
+"""The HTTP side of a node.
+
+    GET  /         a page for people that refreshes itself
+    GET  /status   everything, as JSON (ftd/status.py)
+    GET  /metrics  for Prometheus (ftd/metrics.py)
+    GET  /healthz  200 while the process is alive and its event loop on time; 503: a restart would help
+    GET  /readyz   200 while the guest is protected, or alone by intent; 503 says why not POST /verify
+    compare all memory at the next epoch's end and answer with the result
+
+A failure is JSON: {"error": "one line"}. There are no passwords here: by default it listens on this host
+only, and everything but /verify only reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib import resources
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from ftd import log
+from ftd.errors import FtdError, HostError, friendly
+from ftd.metrics import CONTENT_TYPE, Metrics
+from ftd.status import Failure, Health, StatusSource, why_not_ready
+
+_log = log.get(__name__)
+
+# A verification waits for the end of an epoch (10 s at most), hashes all memory on both sides and compares.
+VERIFY_TIMEOUT = 120.0
+
+# The loop's lateness is measured this often, and the worst of the last ten seconds counts.
+_LAG_INTERVAL = 0.25
+_LAG_WINDOW = 10.0
+# From here on the loop is unhealthy: heartbeats of the default settings (300 ms) would have been missed
+# threefold.
+LAG_LIMIT = 1.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class LoopLag:
+    """Measures how late the event loop runs what it has to run.
+
+    `worst` is the worst lateness of the last ten seconds, in seconds, including the one that is going on.
+    """
+
+    def __init__(self) -> None:
+        window = int(_LAG_WINDOW / _LAG_INTERVAL)
+        self._samples: deque[float] = deque([0.0], maxlen=window)
+        self._due: float | None = None
+
+    def worst(self) -> float:
+        """Return the worst lateness; to be called in the loop's thread."""
+        late = 0.0
+        if self._due is not None:
+            late = asyncio.get_running_loop().time() - self._due
+        return max(late, *self._samples, 0.0)
+
+    async def measure(self) -> None:
+        """Measure until cancelled."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            self._due = clock() + _LAG_INTERVAL
+            await asyncio.sleep(_LAG_INTERVAL)
+            self._samples.append(max(0.0, clock() - self._due))
+
+
+class _Api:
+    def __init__(self, source: StatusSource, metrics: Metrics) -> None:
+        self._source = source
+        self._metrics = metrics
+        self._lag = LoopLag()
+        self._verifying = False
+        self._page = resources.files("ftd").joinpath("page.html").read_text(encoding="utf-8")
+
+    async def measuring(self, app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(self._lag.measure())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def page(self, request: web.Request) -> web.Response:
+        # The page shows what peers and guests said; nothing but its own script may run, nothing may load.
+        policy = (
+            "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        return web.Response(
+            text=self._page, content_type="text/html", headers={"Content-Security-Policy": policy}
+        )
+
+    async def status(self, request: web.Request) -> web.Response:
+        return _json(self._source.status())
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        self._metrics.loop_lag.set(self._lag.worst())
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        late = self._lag.worst()
+        why = f"the event loop was {late:.1f} s late" if late > LAG_LIMIT else self._source.why_unhealthy()
+        return self._health(why)
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        return self._health(why_not_ready(self._source.status()))
+
+    def _health(self, why: str | None) -> web.Response:
+        state = self._source.status().state
+        return _json(Health(ok=why is None, state=state, detail=why or "ok"), 200 if why is None else 503)
+
+    async def verify(self, request: web.Request) -> web.Response:
+        refuse_other_sites(request)
+        if self._verifying:
+            return _failure(409, "a verification is under way already; ask again when it is done")
+        self._verifying = True
+        try:
+            report = await asyncio.wait_for(self._source.verify(), VERIFY_TIMEOUT)
+        except TimeoutError:
+            return _failure(504, f"the verification gave no result within {VERIFY_TIMEOUT:.0f} s")
+        except FtdError as error:
+            return _failure(409, str(error))
+        finally:
+            self._verifying = False
+        return _json(report)
+
+
+def refuse_other_sites(request: web.Request) -> None:
+    """Refuse a request that a page of another site made in somebody's browser; `ftd verify` sends no
+    Origin."""
+    origin = request.headers.get("Origin")
+    if origin is not None and urlsplit(origin).netloc != request.host:
+        raise web.HTTPForbidden(text=f"requests from {origin} are not accepted")
+
+
+def _json(model: BaseModel, status: int = 200) -> web.Response:
+    return web.Response(text=model.model_dump_json() + "\n", status=status, content_type="application/json")
+
+
+def _failure(status: int, error: str) -> web.Response:
+    return _json(Failure(error=" ".join(error.split())), status)
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        response = await handler(request)
+    except web.HTTPException as refusal:
+        if refusal.status < 400:
+            raise
+        text = refusal.text or refusal.reason
+        if isinstance(refusal, web.HTTPNotFound):
+            text = f"nothing at {request.path}; there are /, /status, /metrics, /healthz, /readyz and /verify"
+        elif isinstance(refusal, web.HTTPMethodNotAllowed):
+            text = f"{request.path} takes {', '.join(sorted(refusal.allowed_methods))}, not {request.method}"
+        response = _failure(refusal.status, text)
+        if isinstance(refusal, web.HTTPMethodNotAllowed):
+            response.headers["Allow"] = ", ".join(sorted(refusal.allowed_methods))
+    except Exception as exception:
+        _log.exception("HTTP request failed", exception, path=request.path)
+        response = _failure(500, f"internal error, see the log of ftd: {friendly(exception)}")
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def create_app(source: StatusSource, metrics: Metrics) -> web.Application:
+    """Return the application; `source` is asked anew for every request."""
+    api = _Api(source, metrics)
+    app = web.Application(middlewares=[_errors_as_json], client_max_size=64 * 1024)
+    app.cleanup_ctx.append(api.measuring)
+    app.add_routes(
+        [
+            web.get("/", api.page),
+            web.get("/status", api.status),
+            web.get("/metrics", api.metrics),
+            web.get("/healthz", api.healthz),
+            web.get("/readyz", api.readyz),
+            web.post("/verify", api.verify),
+        ]
+    )
+    return app
+
+
+class Server:
+    """A serving application. `port` is the one in use, also when 0 was asked for."""
+
+    def __init__(self, runner: web.AppRunner, port: int) -> None:
+        self._runner = runner
+        self.port = port
+
+    async def close(self) -> None:
+        """Stop listening; requests under way have a second to end. May be called again."""
+        await self._runner.cleanup()
+
+
+async def serve(app: web.Application, listen: str = "127.0.0.1", port: int = 9105) -> Server:
+    """Serve the application on an address until the returned server is closed. Port 0 takes a free one.
+
+    Raises HostError, with nothing left open, when the address is not this host's or the port is taken.
+    """
+    # Signals are the node's; one line of log for each scrape would bury the story.
+    runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, listen, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise HostError(_why_not_listening(listen, port, error)) from None
+    _log.info("serving HTTP", address=listen, port=runner.addresses[0][1])
+    return Server(runner, runner.addresses[0][1])
+
+
+def _why_not_listening(listen: str, port: int, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"[http] port = {port}: in use on {listen}; stop the program that holds it, or choose another"
+            )
+        case errno.EADDRNOTAVAIL:
+            return f'[http] listen = "{listen}": not an address of this host; give one, or 127.0.0.1'
+        case errno.EACCES:
+            return f"[http] port = {port}: not permitted; choose one above 1023, or run ftd as root"
+        case _:
+            return f'[http] listen = "{listen}", port = {port}: {friendly(error)}'

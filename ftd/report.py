@@ -1,0 +1,241 @@
+"""What this node knows of itself, kept up to date by whoever does the work, and told as a `Status`.
+
+One `Report` lives as long as the daemon; primary and backup write to it, the HTTP side reads it. It belongs
+to the event loop's thread. Writing here does nothing but tell: no decision is taken from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import ftd
+from ftd.config import Config
+from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
+from ftd.state import Move, PairState, StateMachine
+from ftd.status import (
+    EpochStatus,
+    PauseStatus,
+    PeerStatus,
+    QemuStatus,
+    Status,
+    SyncStatus,
+    TakeoverStatus,
+    VerifyReport,
+)
+
+KEPT_PAUSES = 1000
+
+
+class Report:
+    """The node's account of itself. `machine` is its state; `metrics` are its series."""
+
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.machine = StateMachine(config.node.role)
+        self.generation = 0
+        self.epoch = 0
+        self.committed = 0
+        self.in_flight_bytes = 0
+        self.qemu = QemuStatus()
+        self.peer_name = ""
+        self.peer_connected = False
+        self.heartbeat_age: Callable[[], float | None] = lambda: None
+        self.last_verify: VerifyReport | None = None
+        self._takeover: TakeoverStatus | None = None
+        self._pauses: deque[float] = deque(maxlen=KEPT_PAUSES)
+        self._parts: dict[PausePart, deque[float]] = {part: deque(maxlen=KEPT_PAUSES) for part in PAUSE_PARTS}
+        self._epoch_length = 0.0
+        self._begun = 0
+        self._aborted = 0
+        self._sync = SyncStatus()
+        self._sync_began = 0.0
+        self._warnings: dict[Warning_, str] = {}
+        self._started = self._moved = time.monotonic()
+        self.machine.listen(self._on_move)
+        metrics.set_role(self.machine.role)
+        metrics.set_state(self.machine.state)
+        metrics.set_heartbeat_age_source(self._heartbeat_age)
+        metrics.in_flight_limit.set(config.epoch.in_flight_mib << 20)
+        metrics.set_epoch_length(self.configured_epoch, self.configured_epoch)
+
+    @property
+    def configured_epoch(self) -> float:
+        """The configured length of an epoch, in seconds."""
+        return self.config.epoch.length_ms / 1000
+
+    def _heartbeat_age(self) -> float | None:
+        return self.heartbeat_age()  # another function with every session
+
+    def _on_move(self, move: Move) -> None:
+        self._moved = time.monotonic()
+        self.metrics.set_state(move.to)
+        self.metrics.set_role(self.machine.role)
+
+    def set_generation(self, generation: int) -> None:
+        """Note the generation; epochs are counted anew in it."""
+        if generation != self.generation:
+            self.generation = generation
+            self.epoch = self.committed = 0
+        self.metrics.generation.set(generation)
+
+    def warn(self, name: Warning_, text: str) -> None:
+        """Show a warning for as long as the daemon runs."""
+        self._warnings[name] = text
+        self.metrics.set_warning(name, True)
+
+    def clear_warning(self, name: Warning_) -> None:
+        """Stop to show a warning."""
+        self._warnings.pop(name, None)
+        self.metrics.set_warning(name, False)
+
+    # ---- protection ---------------------------------------------------------------------------------------
+
+    def begin_sync(self) -> None:
+        """A copy of all memory begins."""
+        self._sync = SyncStatus()
+        self._sync_began = time.monotonic()
+        self.metrics.sync_progress.set(0)
+
+    def sync_round(self, progress: float, size: int) -> None:
+        """A live round was gathered. progress: 0 to 1; size: bytes of the round."""
+        self._sync = SyncStatus(
+            progress=min(max(progress, self._sync.progress), 1.0),
+            seconds=time.monotonic() - self._sync_began,
+            rounds=self._sync.rounds + 1,
+            bytes_sent=self._sync.bytes_sent + size,
+        )
+        self.metrics.sync_progress.set(self._sync.progress)
+
+    def end_sync(self) -> None:
+        """The guest is protected."""
+        seconds = time.monotonic() - self._sync_began
+        self._sync = self._sync.model_copy(update={"progress": 1.0, "seconds": seconds})
+        self.metrics.sync_progress.set(1)
+        self.metrics.sync_seconds.set(seconds)
+        self.metrics.syncs.inc()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """An epoch is running."""
+        self.epoch = epoch
+        self._begun += 1
+        self.metrics.epochs_begun.inc()
+
+    def epoch_aborted(self, reason: str) -> None:
+        """An epoch will never be committed. reason: one of metrics.ABORT_REASONS."""
+        self._aborted += 1
+        self.metrics.epochs_aborted.labels(reason=reason).inc()
+
+    def epoch_length(self, seconds: float) -> None:
+        """Note how long the last epoch was."""
+        self._epoch_length = seconds
+        self.metrics.set_epoch_length(seconds, self.configured_epoch)
+
+    def pause(self, pause_ns: Mapping[str, int]) -> None:
+        """Note the pause of a checkpoint, as QEMU's FtPause tells it, summed over the parts of its frame."""
+        parts = {part: pause_ns[f"{part}-ns"] for part in PAUSE_PARTS}
+        self.metrics.observe_pause(pause_ns["total-ns"], parts)
+        self._pauses.append(pause_ns["total-ns"] / 1e9)
+        for part, ns in parts.items():
+            self._parts[part].append(ns / 1e9)
+
+    def committed_epoch(self, epoch: int, latency: float | None = None) -> None:
+        """Note that an epoch is committed. latency: seconds from the guest running again to the ack."""
+        self.committed = epoch
+        self.metrics.epochs_committed.inc()
+        self.metrics.epoch_committed.set(epoch)
+        if latency is not None:
+            self.metrics.commit_latency.observe(latency)
+
+    def set_in_flight(self, size: int) -> None:
+        """Note the bytes of frames under way."""
+        self.in_flight_bytes = size
+        self.metrics.in_flight.set(size)
+
+    def verified(self, report: VerifyReport) -> None:
+        """Note the result of a comparison."""
+        self.last_verify = report
+        self.metrics.epochs_verified.inc()
+        self.metrics.verify_differences.inc(report.differing)
+
+    def took_over(
+        self, trigger: Trigger, epoch: int, *, detection: float, activation: float, total: float
+    ) -> None:
+        """Note a takeover; seconds."""
+        self._takeover = TakeoverStatus(
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            trigger=trigger,
+            epoch=epoch,
+            detection=detection,
+            activation=activation,
+            total=total,
+        )
+        self.metrics.count_takeover(trigger, detection=detection, activation=activation, total=total)
+
+    # ---- telling ------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Return a snapshot of everything."""
+        peer = PeerStatus(
+            address=self.config.link.peer,
+            name=self.peer_name,
+            connected=self.peer_connected,
+            heartbeat_age=self.heartbeat_age(),
+        )
+        values: dict[str, Any] = {
+            "epoch": EpochStatus(
+                current=self.epoch,
+                committed=self.committed,
+                begun=self._begun,
+                aborted=self._aborted,
+                length=self._epoch_length,
+                configured=self.configured_epoch,
+                stretch=max(1.0, self._epoch_length / self.configured_epoch),
+            ),
+            "pause": self._pause_status(),
+            "sync": self._sync_now(),
+        }
+        now = time.monotonic()
+        return Status(
+            node=self.config.node.name,
+            version=ftd.__version__,
+            role=self.machine.role,
+            state=self.machine.state,
+            reason=self.machine.reason,
+            state_seconds=now - self._moved,
+            uptime=now - self._started,
+            generation=self.generation,
+            in_flight_bytes=self.in_flight_bytes,
+            peer=peer,
+            qemu=self.qemu,
+            takeover=self._takeover,
+            last_verify=self.last_verify,
+            warnings=list(self._warnings.values()),
+            **values,
+        )
+
+    def _sync_now(self) -> SyncStatus:
+        if self.machine.state is not PairState.SYNCING:
+            return self._sync
+        return self._sync.model_copy(update={"seconds": time.monotonic() - self._sync_began})
+
+    def _pause_status(self) -> PauseStatus:
+        return PauseStatus(
+            count=len(self._pauses),
+            p50=_percentile(self._pauses, 50),
+            p99=_percentile(self._pauses, 99),
+            parts_p50={part: _percentile(values, 50) or 0.0 for part, values in self._parts.items()},
+            parts_p99={part: _percentile(values, 99) or 0.0 for part, values in self._parts.items()},
+        )
+
+
+def _percentile(values: deque[float], percent: int) -> float | None:
+    """Return the nearest-rank percentile, or None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, -(-len(ordered) * percent // 100) - 1))]
