@@ -1,0 +1,392 @@
+"""The backup: holds the shadow, and starts it when the primary is lost.
+
+One call of `Backup.run` goes from an idle backup to one of its ends:
+
+    TakenOver      the primary was lost, the shadow runs here: go on as primary with this guest
+    GuestEnded     the guest shut down (rule S7): nobody takes over, both sides stop
+
+In between, sessions come and go. A session that ends before its first commit, or by a goodbye, leaves the
+shadow worthless, and the backup waits for the next one. What ends a session, and what follows:
+
+    reset, silence     the primary's daemon, or its host, is gone              take over
+    QemuLost           the primary's QEMU is gone, its daemon says so          take over
+    goodbye            a planned stop                                          wait
+    protocol, stalled  the primary is there, but what it sends is of no use    wait; it copies anew
+    GuestStopped       the guest shut down                                     end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ftd
+from ftd import log
+from ftd.arbiter import Arbiter
+from ftd.config import Config
+from ftd.errors import FtdError, PeerError, QemuError, TakeoverRefused, friendly
+from ftd.frame import PartBufferPool
+from ftd.link import LinkOptions, Listener, Session
+from ftd.machine import MachineDescription
+from ftd.messages import (
+    Goodbye,
+    GuestStopped,
+    HeartbeatSettings,
+    Hello,
+    QemuLost,
+    Refusal,
+    Resync,
+    VerifyResult,
+    Welcome,
+)
+from ftd.metrics import Rejection, Trigger
+from ftd.qemu import QemuProcess, require_patched
+from ftd.receiver import Committed, Receiver
+from ftd.report import Report
+from ftd.shadow import Shadow
+from ftd.state import PairState
+from ftd.status import Difference, QemuStatus, VerifyReport
+from ftd.takeover import start_shadow
+from ftd.wire import LinkLost, LostKind
+
+_log = log.get(__name__)
+
+# Receive buffers beyond what the primary may have in flight: parts that are being applied, the first copy.
+SPARE_BUFFERS = 512 << 20
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """The guest runs here now; generation: of the authority that this side won."""
+
+    guest: QemuProcess
+    generation: int
+
+
+@dataclass(frozen=True)
+class GuestEnded:
+    """The guest has shut down on the primary."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """Why the primary counts as lost. heard, decided: monotonic seconds."""
+
+    trigger: Trigger
+    detail: str
+    heard: float
+    decided: float
+
+
+class Backup:
+    """The backup's part of a node's life. Made once; `run` returns how it ended."""
+
+    def __init__(self, config: Config, report: Report, options: LinkOptions, arbiter: Arbiter) -> None:
+        self._config = config
+        self._report = report
+        self._options = options
+        self._arbiter = arbiter
+        self._description: MachineDescription | None = None
+        self._arrived: asyncio.Queue[Session] = asyncio.Queue()
+        self._guarding = False
+
+    async def run(self) -> TakenOver | GuestEnded:
+        """Wait for primaries and guard their guest.
+
+        Raises HostError or QemuError if the shadow cannot be had.
+
+        Cancelled, it takes its leave of the primary and ends the shadow.
+        """
+        link = self._config.link
+        listener = Listener(
+            self._options,
+            host=link.listen,
+            port=link.port,
+            heartbeat_port=link.heartbeat_port,
+            peer_name=None if link.insecure else link.expected_peer_name,
+            admit=self._admit,
+            on_session=self._arrived.put_nowait,
+            on_rejected=self._on_rejected,
+            on_lateness=self._report.metrics.loop_lag.set,
+        )
+        qemu = await self._start_qemu()
+        try:
+            await listener.start()
+            while True:
+                outcome = await self._with_shadow(qemu)
+                if isinstance(outcome, GuestEnded | TakenOver):
+                    if isinstance(outcome, TakenOver):
+                        return outcome
+                    await qemu.kill()
+                    return outcome
+                # The shadow's QEMU has ended: protection needs a new one, the guest needs nothing.
+                _log.error("the shadow's QEMU is lost", reason=outcome)
+                self._description = None
+                await qemu.kill()
+                qemu = await self._start_qemu()
+        except BaseException:
+            await qemu.kill()
+            raise
+        finally:
+            await listener.close()
+
+    async def _start_qemu(self) -> QemuProcess:
+        qemu = await QemuProcess.start(self._config, incoming=True)
+        try:
+            await require_patched(qemu.monitor)
+            self._description = await MachineDescription.of(qemu.monitor)
+        except BaseException:
+            await qemu.kill()
+            raise
+        self._report.qemu = QemuStatus(
+            pid=qemu.pid,
+            version=self._description.qemu_version,
+            accelerator=self._description.accelerator,
+        )
+        return qemu
+
+    # ---- who may come -------------------------------------------------------------------------------------
+
+    def _admit(self, hello: Hello) -> Welcome | Refusal:
+        own = self._description
+        if own is None or self._guarding:
+            return Refusal(reason="the shadow is not ready; try again")
+        try:
+            peer = MachineDescription.model_validate(hello.description)
+        except ValueError:
+            raise PeerError(
+                f"{hello.node} describes its machine in a way that this version does not understand; "
+                "install the same version of ftd on both hosts"
+            ) from None
+        differences = own.differences(peer)
+        if differences:
+            raise PeerError(
+                f"the machine of {hello.node} is not the one configured on {self._config.node.name}: "
+                + "; ".join(differences)
+            )
+        return Welcome(
+            software_version=ftd.__version__,
+            node=self._config.node.name,
+            generation=hello.generation,
+            heartbeat=HeartbeatSettings(
+                interval_ms=self._config.heartbeat.interval_ms, misses=self._config.heartbeat.misses
+            ),
+            description=own.model_dump(mode="json"),
+        )
+
+    def _on_rejected(self, reason: Rejection) -> None:
+        self._report.metrics.link_rejected.labels(reason=reason).inc()
+
+    # ---- sessions -----------------------------------------------------------------------------------------
+
+    async def _with_shadow(self, qemu: QemuProcess) -> TakenOver | GuestEnded | str:
+        """Guard with this QEMU until an end, or until QEMU is lost: then return why."""
+        info = await qemu.monitor.execute("query-x-ft")
+        files = {block["name"]: block["path"] for block in info["blocks"] if block["shared-file"]}
+        shadow = await asyncio.to_thread(Shadow, files)
+        memory_limit = sum(block["max-length"] for block in info["blocks"])
+        gone = asyncio.ensure_future(qemu.wait())
+        try:
+            while True:
+                arrival = asyncio.ensure_future(self._arrived.get())
+                try:
+                    await asyncio.wait({arrival, gone}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    arrival.cancel()
+                if gone.done():
+                    return f"it ended with status {qemu.exit_status} while it waited"
+                session = arrival.result()
+                self._guarding = True
+                try:
+                    outcome = await self._guard(session, qemu, shadow, memory_limit, gone)
+                finally:
+                    self._guarding = False
+                if outcome is not None:
+                    return outcome
+        finally:
+            gone.cancel()
+            shadow.close()
+
+    async def _guard(
+        self,
+        session: Session,
+        qemu: QemuProcess,
+        shadow: Shadow,
+        memory_limit: int,
+        gone: asyncio.Future[int | None],
+    ) -> TakenOver | GuestEnded | str | None:
+        """One session. Returns None when the backup goes back to waiting."""
+        report = self._report
+        generation = session.hello.generation
+        failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        report.set_generation(generation)
+        report.peer_name, report.peer_connected = session.peer_node, True
+        report.heartbeat_age = lambda: session.heartbeat_age
+        report.begin_sync()
+        report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
+        shadow.begin_sync(generation)
+
+        def on_committed(frame: Committed) -> None:
+            report.epoch = frame.epoch + 1
+            report.committed_epoch(frame.epoch)
+            if frame.first:
+                report.end_sync()
+                report.machine.move(PairState.PROTECTED, f"epoch {frame.epoch} is committed")
+            session.set_beat(report.machine.state.value, frame.epoch)
+
+        def on_failed(reason: str) -> None:
+            if not failure.done():
+                failure.set_result(reason)
+
+        receiver = Receiver(
+            session,
+            shadow,
+            PartBufferPool((self._config.epoch.in_flight_mib << 20) + SPARE_BUFFERS),
+            generation=generation,
+            memory_limit=memory_limit,
+            on_committed=on_committed,
+            on_received=lambda size: report.metrics.add_link_bytes("frames", received=size),
+            on_verified=self._on_verified,
+            on_failed=on_failed,
+        )
+        messages = asyncio.ensure_future(self._listen(session))
+        lost = asyncio.ensure_future(session.wait_lost())
+        try:
+            ends: set[asyncio.Future[Any]] = {messages, lost, gone, failure}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                with contextlib.suppress(FtdError):
+                    await session.send(QemuLost(detail=f"it ended with status {qemu.exit_status}"))
+                await session.close("the shadow's QEMU has ended")
+                report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
+                return f"it ended with status {qemu.exit_status} while it held a shadow"
+            if failure.done() and not lost.done():
+                _log.error("what the primary sent cannot be used", reason=failure.result())
+                with contextlib.suppress(FtdError):
+                    await session.send(Resync(reason=failure.result()))
+                await session.close(failure.result())
+                await receiver.drain()
+                report.machine.move(PairState.WAITING, failure.result())
+                return None
+            # What the primary said last decides; when the session ends, that is read before anything else.
+            said = await messages if messages.done() or lost.done() else None
+            decided = time.monotonic()
+            if isinstance(said, GuestStopped):
+                await session.close("the guest has stopped")
+                await receiver.drain()
+                report.machine.move(PairState.STOPPED, f"the guest has stopped: {said.reason}")
+                return GuestEnded(said.reason)
+            loss = self._judge(session, said, decided)
+            if isinstance(said, QemuLost):
+                session.abort("its QEMU is lost: taking over")
+            await receiver.drain()
+            if loss is None:
+                reason = said.reason if isinstance(said, Goodbye) else str(session.lost)
+                report.machine.move(PairState.WAITING, f"the primary left: {reason}")
+                return None
+            return await self._take_over(loss, qemu, shadow, generation)
+        except BaseException:
+            if session.lost is None:
+                await session.close("this backup stops")
+            raise
+        finally:
+            messages.cancel()
+            lost.cancel()
+            report.peer_connected = False
+            report.heartbeat_age = lambda: None
+            if session.lost is None:
+                session.abort("this side is done with the session")
+            await receiver.drain()
+
+    async def _listen(self, session: Session) -> GuestStopped | QemuLost | Goodbye | None:
+        """Return the message of the primary that ends this session, or None if it ended without one."""
+        try:
+            while True:
+                message = await session.receive()
+                if isinstance(message, GuestStopped | QemuLost | Goodbye):
+                    return message
+        except LinkLost:
+            return None
+
+    def _judge(self, session: Session, said: QemuLost | Goodbye | None, decided: float) -> _Loss | None:
+        """Return why the primary is lost, or None if it is not: pure decision, the table is above."""
+        if isinstance(said, QemuLost):
+            return _Loss("qemu-died", said.detail, decided, decided)
+        lost = session.lost
+        if isinstance(said, Goodbye) or lost is None:
+            return None
+        if lost.kind is LostKind.RESET:
+            # The kernel of a host that lives says so at once: what was heard last is no measure of it.
+            at = lost.decided_ns / 1e9
+            return _Loss("connection-reset", lost.detail, min(lost.last_heard_ns / 1e9, at), at)
+        if lost.kind is LostKind.SILENCE:
+            return _Loss("silence", lost.detail, lost.last_heard_ns / 1e9, lost.decided_ns / 1e9)
+        return None
+
+    def _on_verified(self, result: VerifyResult) -> None:
+        self._report.verified(
+            VerifyReport(
+                epoch=result.epoch,
+                ok=result.ok,
+                pages=result.pages,
+                differing=result.differing,
+                differences=[Difference(block=d.block, page=d.page) for d in result.differences],
+            )
+        )
+        for difference in result.differences[:16]:
+            _log.error(
+                "THE SHADOW DIFFERS FROM THE GUEST",
+                epoch=result.epoch,
+                block=difference.block,
+                page=difference.page,
+            )
+
+    # ---- takeover -----------------------------------------------------------------------------------------
+
+    async def _take_over(
+        self, loss: _Loss, qemu: QemuProcess, shadow: Shadow, generation: int
+    ) -> TakenOver | str | None:
+        report = self._report
+        _log.warning("the primary is lost", trigger=loss.trigger, detail=loss.detail)
+        refusal = shadow.takeover_refusal()
+        if refusal is None:
+            refusal = await self._arbiter.refusal_to_advance(generation)
+        if refusal is not None:
+            report.metrics.takeovers_refused.inc()
+            _log.error("takeover refused", reason=refusal)
+            report.machine.move(PairState.WAITING, f"the primary is lost, and takeover is refused: {refusal}")
+            return None
+        epoch = shadow.committed_epoch
+        assert epoch is not None
+        try:
+            running = await start_shadow(qemu.monitor, shadow)
+        except TakeoverRefused as error:
+            report.metrics.takeovers_refused.inc()
+            report.machine.move(PairState.WAITING, str(error))
+            return None
+        except QemuError as error:
+            report.metrics.takeovers_refused.inc()
+            report.machine.move(PairState.WAITING, f"the shadow did not start: {friendly(error)}")
+            return f"it did not take the state of epoch {epoch}: {friendly(error)}"
+        report.set_generation(generation + 1)
+        report.committed = epoch
+        report.qemu = report.qemu.model_copy(update={"running": True})
+        detection = max(0.0, loss.decided - loss.heard)
+        activation = running - loss.decided
+        report.took_over(
+            loss.trigger, epoch, detection=detection, activation=activation, total=detection + activation
+        )
+        report.machine.move(PairState.TAKEN_OVER, f"{loss.trigger}: {loss.detail}")
+        _log.warning(
+            "took over",
+            epoch=epoch,
+            trigger=loss.trigger,
+            detection_ms=round(detection * 1000, 1),
+            activation_ms=round(activation * 1000, 1),
+        )
+        return TakenOver(qemu, generation + 1)

@@ -1,0 +1,402 @@
+"""Protection over one session: the first copy, and then epoch after epoch until something ends it.
+
+    begin ── live rounds ── checkpoint ── ack ──> protected ── run an epoch ── checkpoint ─┐
+             (guest runs)                                          ^                       │
+                                                                   └── room in flight? <───┘
+
+Three things go on at once: this loop has QEMU gather, the sender's thread puts slots on the wire, and
+acknowledgements come in. What is under way is bounded by the slots and by `in_flight_mib`; when the link is
+slower than the guest dirties memory, the next checkpoint waits, so that the epoch becomes longer and nothing
+grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ftd import log
+from ftd.config import Config
+from ftd.errors import FtdError, QemuDied, QemuError
+from ftd.link import Session
+from ftd.messages import Ack, GuestStopped, QemuLost, Resync, SyncProgress, VerifyResult
+from ftd.metrics import PAUSE_PARTS
+from ftd.monitor import Event, Monitor
+from ftd.report import Report
+from ftd.sender import Sender
+from ftd.staging import Slot, Staging, slot_size
+from ftd.state import PairState
+from ftd.status import Difference, VerifyReport
+from ftd.wire import LinkLost
+
+_log = log.get(__name__)
+
+# Live rounds end when the last one left so little that a pause copies it, or when they no longer get smaller.
+MOST_LIVE_ROUNDS = 30
+SMALL_ENOUGH = 0.25  # of a slot
+
+# QEMU resumes a guest whose next part is not asked for within this time; only a daemon that died or a link
+# that stands still lets it pass.
+PAUSE_LIMIT_MS = 2000
+
+# Dirty pages that make an epoch end early, as a share of what a slot holds: a frame of one part is the
+# shortest pause.
+PRESSURE = 0.75
+
+
+class ProtectionLost(FtdError):  # noqa: N818 - names what happened
+    """Protection over this session has ended; the guest runs on. The text says why.
+
+    resync: whether to begin anew at once with the same backup. aborted: one of metrics.ABORT_REASONS.
+    """
+
+    def __init__(self, reason: str, *, resync: bool, aborted: str) -> None:
+        super().__init__(reason)
+        self.resync = resync
+        self.aborted = aborted
+
+
+@dataclass
+class _InFlight:
+    """A frame that was gathered and is not acknowledged: its bytes, and when the guest ran again."""
+
+    size: int
+    resumed: float
+
+
+class Protection:
+    """Protects the guest behind `monitor` with the backup behind `session`. Runs once."""
+
+    def __init__(
+        self,
+        config: Config,
+        report: Report,
+        monitor: Monitor,
+        session: Session,
+        generation: int,
+        first_epoch: int,
+    ) -> None:
+        self._config = config
+        self._report = report
+        self._monitor = monitor
+        self._session = session
+        self._generation = generation
+        self._epoch = first_epoch  # that the guest is in now
+        self._staging: Staging | None = None
+        self._sender: Sender | None = None
+        self._slot_pages = 0
+        self._in_flight: dict[int, _InFlight] = {}
+        self._changed = asyncio.Event()  # an ack came, or a slot was sent, or there is pressure
+        self._pressure = False
+        self._abandoned: str | None = None
+        self._qemu_died = False
+        self._verify_next = False
+        self._verifying: dict[int, asyncio.Future[VerifyReport]] = {}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the guest is in."""
+        return self._epoch
+
+    async def run(self) -> None:
+        """Copy, then close epochs until protection is lost. Never returns otherwise.
+
+        Raises ProtectionLost; LinkLost when the session has ended; QemuError when QEMU refused or died.
+        Checkpointing is off in QEMU afterwards, unless QEMU died.
+        """
+        subscriptions = [
+            self._monitor.on("X_FT_DIRTY_PRESSURE", self._on_pressure),
+            self._monitor.on("X_FT_ABANDONED", self._on_abandoned),
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._listen())
+                group.create_task(self._protect())
+        except* (FtdError, OSError) as failures:
+            error = _first(failures)
+            self._qemu_died = isinstance(error, QemuDied)
+            raise error from None
+        finally:
+            for unsubscribe in subscriptions:
+                unsubscribe()
+            await self._clean_up()
+
+    async def verify(self) -> VerifyReport:
+        """Have the memory on both sides compared at the end of this epoch.
+
+        Raises LinkLost or ProtectionLost if protection ends first.
+        """
+        self._verify_next = True
+        result: asyncio.Future[VerifyReport] = asyncio.get_running_loop().create_future()
+        self._verifying.setdefault(-1, result)
+        return await asyncio.shield(self._verifying[-1])
+
+    # ---- the copy -----------------------------------------------------------------------------------------
+
+    async def _protect(self) -> None:
+        await self._begin()
+        await self._copy()
+        first = self._epoch
+        began = await self._checkpoint()
+        await self._wait_for(lambda: first not in self._in_flight)
+        self._report.end_sync()
+        self._report.machine.move(
+            PairState.PROTECTED, f"epoch {first} is committed on {self._session.peer_node}"
+        )
+        while True:
+            began = await self._run_epoch(began)
+
+    async def _begin(self) -> None:
+        config = self._config
+        self._report.begin_sync()
+        info = await self._monitor.execute("query-x-ft")
+        memory = sum(block["max-length"] for block in info["blocks"])
+        size = slot_size(config.staging.slot_mib << 20, memory)
+        self._staging = await asyncio.to_thread(Staging, config.staging.slots, size)
+        for slot in self._staging.slots:
+            await self._monitor.send_descriptor(slot.name, slot.fd)
+        pages = (config.staging.slot_mib << 20) // 4096
+        status = await self._monitor.execute(
+            "x-ft-begin",
+            generation=self._generation,
+            slots=[slot.name for slot in self._staging.slots],
+            copy_threads=config.staging.copy_threads,
+            pause_limit_ms=PAUSE_LIMIT_MS,
+            pressure_pages=int(pages * PRESSURE),
+        )
+        self._slot_pages = status["pages-per-slot"]
+        self._report.qemu = self._report.qemu.model_copy(update={"tracker": status["tracker"]})
+        self._sender = Sender(self._session, self._staging, self._on_sent)
+        self._report.begin_epoch(self._epoch)
+
+    async def _copy(self) -> None:
+        """Live rounds: first over all memory, then over what became dirty meanwhile, until that is little."""
+        sent = total = 0
+        last = 0
+        for _ in range(1 << 30):
+            slot = await self._free_slot()
+            part = await self._gather("x-ft-collect", slot)
+            pages = part["pages"] + part["zero-pages"]
+            sent += pages
+            total = max(total, sent + part["remaining"])
+            self._report.sync_round(sent / total if total else 1.0, part["slot-bytes"])
+            self._send(slot)
+            if not part["complete"]:
+                continue
+            if pages <= self._slot_pages * SMALL_ENOUGH:
+                return
+            # Another pass pays only while passes shrink.
+            last, shrunk = pages, not last or pages < 0.9 * last
+            if not shrunk or self._report.status().sync.rounds > MOST_LIVE_ROUNDS:
+                return
+
+    # ---- epochs -------------------------------------------------------------------------------------------
+
+    async def _run_epoch(self, began: float) -> float:
+        """Let the guest run until the epoch is over and there is room for its frame; close it.
+
+        Returns when the next epoch began.
+        """
+        deadline = began + self._report.configured_epoch
+        while not self._pressure and (remaining := deadline - time.monotonic()) > 0:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(remaining):
+                    await self._changed.wait()
+        if not self._has_room():
+            self._report.metrics.epochs_stretched.inc()
+            await self._wait_for(self._has_room)
+        self._report.epoch_length(time.monotonic() - began)
+        return await self._checkpoint()
+
+    def _has_room(self) -> bool:
+        limit = self._config.epoch.in_flight_mib << 20
+        return self._report.in_flight_bytes < limit
+
+    async def _checkpoint(self) -> float:
+        """Close the epoch, hand its frame to the sender, and return when the guest ran again."""
+        epoch = self._epoch
+        every = self._config.epoch.verify_every
+        digest = self._verify_next or bool(every and epoch % every == 0)
+        size = pages = 0
+        pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 0)
+        self._pressure = False
+        resumed = 0.0
+        while True:
+            slot = await self._free_slot()
+            part = await self._gather("x-ft-checkpoint", slot, digest=digest)
+            resumed = time.monotonic() - float(part["checksum-ns"]) / 1e9
+            size += part["slot-bytes"]
+            pages += part["pages"]
+            for name in pause:
+                pause[name] += part["pause"][name]
+            if part["complete"]:
+                # Known before the ack can come: the sender has not seen the last part.
+                self._in_flight[epoch] = _InFlight(size, resumed)
+                self._report.set_in_flight(self._report.in_flight_bytes + size)
+            self._send(slot)
+            if part["complete"]:
+                break
+        pause["total-ns"] = part["pause"]["total-ns"]
+        self._report.pause(pause)
+        self._report.metrics.observe_frame(pages, size)
+        if digest and self._verify_next:
+            self._verify_next = False
+            self._verifying[epoch] = self._verifying.pop(-1)
+        self._epoch = epoch + 1
+        self._report.begin_epoch(self._epoch)
+        self._session.set_beat(self._report.machine.state.value, self._report.committed)
+        return resumed
+
+    async def _gather(self, command: str, slot: Slot, **arguments: Any) -> Mapping[str, Any]:
+        """Have QEMU fill a slot. If it fails, the slot is given back."""
+        try:
+            part: Mapping[str, Any] = await self._monitor.execute(
+                command, slot=slot.index, epoch=self._epoch, **arguments
+            )
+        except QemuError as error:
+            assert self._staging is not None
+            self._staging.release(slot)
+            if error.qmp_class:
+                reason = self._abandoned or f"{command}: {error.description}"
+                raise ProtectionLost(
+                    f"a frame was lost: {reason}", resync=True, aborted="abandoned"
+                ) from None
+            raise
+        return part
+
+    async def _free_slot(self) -> Slot:
+        assert self._staging is not None
+        return await self._staging.acquire_free()
+
+    def _send(self, slot: Slot) -> None:
+        assert self._sender is not None
+        self._sender.send(slot)
+
+    async def _wait_for(self, condition: Any) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    # ---- what comes in ------------------------------------------------------------------------------------
+
+    def _on_sent(self, size: int) -> None:
+        self._report.metrics.add_link_bytes("frames", sent=size)
+        self._changed.set()
+
+    def _on_pressure(self, event: Event) -> None:
+        self._pressure = True
+        self._changed.set()
+
+    def _on_abandoned(self, event: Event) -> None:
+        self._abandoned = str(event.get("data", {}).get("reason", "given up by QEMU"))
+
+    async def _listen(self) -> None:
+        while True:
+            message = await self._session.receive()
+            match message:
+                case Ack():
+                    self._on_ack(message)
+                case VerifyResult():
+                    self._on_verified(message)
+                case SyncProgress():
+                    pass
+                case Resync(reason=reason):
+                    raise ProtectionLost(
+                        f"{self._session.peer_node} needs a new copy: {reason}",
+                        resync=True,
+                        aborted="invalid",
+                    )
+                case QemuLost(detail=detail):
+                    raise ProtectionLost(
+                        f"{self._session.peer_node} has lost its shadow: {detail}",
+                        resync=False,
+                        aborted="link",
+                    )
+                case GuestStopped(reason=reason):
+                    _log.warning("a backup said that the guest has stopped; ignored", reason=reason)
+                case _:
+                    _log.debug("message of the backup ignored", kind=message.kind)
+
+    def _on_ack(self, ack: Ack) -> None:
+        frame = self._in_flight.get(ack.epoch)
+        # In order, once, of this generation: anything else is not the daemon that we know.
+        if frame is None or ack.generation != self._generation or ack.epoch != min(self._in_flight):
+            raise ProtectionLost(
+                f"{self._session.peer_node} acknowledged epoch {ack.epoch} of generation {ack.generation}, "
+                f"expected {min(self._in_flight, default='none')} of {self._generation}",
+                resync=True,
+                aborted="invalid",
+            )
+        del self._in_flight[ack.epoch]
+        self._report.set_in_flight(self._report.in_flight_bytes - frame.size)
+        self._report.committed_epoch(ack.epoch, time.monotonic() - frame.resumed)
+        self._changed.set()
+
+    def _on_verified(self, result: VerifyResult) -> None:
+        report = VerifyReport(
+            epoch=result.epoch,
+            ok=result.ok,
+            pages=result.pages,
+            differing=result.differing,
+            differences=[Difference(block=d.block, page=d.page) for d in result.differences],
+        )
+        self._report.verified(report)
+        waiting = self._verifying.pop(result.epoch, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(report)
+        if not result.ok:
+            first = result.differences[0] if result.differences else None
+            where = f", first page {first.page} of block {first.block}" if first else ""
+            _log.error(
+                "THE SHADOW DIFFERS FROM THE GUEST",
+                epoch=result.epoch,
+                differing=result.differing,
+                pages=" ".join(f"{d.block}:{d.page}" for d in result.differences[:16]),
+            )
+            raise ProtectionLost(
+                f"the shadow differs from the guest in {result.differing} pages "
+                f"after epoch {result.epoch}{where}",
+                resync=True,
+                aborted="invalid",
+            )
+
+    # ---- the end ------------------------------------------------------------------------------------------
+
+    async def _clean_up(self) -> None:
+        for result in self._verifying.values():
+            if not result.done():
+                result.set_exception(ProtectionLost("protection ended first", resync=False, aborted="link"))
+                result.exception()  # somebody may have stopped waiting
+        self._report.set_in_flight(0)
+        if self._qemu_died:
+            # Whether that is a loss or a shutdown is for the primary to tell the backup, over this session.
+            await self._session.wait_lost()
+        elif self._session.lost is None:
+            # The sender would otherwise wait for a network that nobody needs any more.
+            await self._session.close("protection over this session has ended")
+        if self._sender is not None:
+            await self._sender.close()
+        with contextlib.suppress(QemuError):
+            await self._monitor.execute("x-ft-end")
+        if self._staging is not None:
+            self._staging.close()
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    """Return the most telling error of a group: a reason of ours before the link's end that it caused."""
+    errors: list[BaseException] = []
+
+    def collect(one: BaseException) -> None:
+        if isinstance(one, BaseExceptionGroup):
+            for inner in one.exceptions:
+                collect(inner)
+        else:
+            errors.append(one)
+
+    collect(group)
+    return min(errors, key=lambda error: (isinstance(error, LinkLost), isinstance(error, OSError)))

@@ -1,0 +1,61 @@
+"""The sender: a thread that puts staging slots on the wire, in order, and gives them back.
+
+The event loop hands slots over and never waits for the network; QEMU fills one slot while another is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+
+from ftd.errors import FtdError
+from ftd.frame import parse_header, wire_views
+from ftd.link import Session
+from ftd.staging import Slot, Staging
+
+
+class Sender:
+    """Sends slots over one session until that ends. Made and used in the event loop; `close` ends the thread.
+
+    `on_sent(bytes)` is called in the event loop after each part.
+    """
+
+    def __init__(self, session: Session, staging: Staging, on_sent: Callable[[int], None]) -> None:
+        self._session = session
+        self._staging = staging
+        self._on_sent = on_sent
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="ftd-sender", daemon=True)
+        self._thread.start()
+
+    def send(self, slot: Slot) -> None:
+        """Send what QEMU gathered into the slot, and then give the slot back."""
+        self._queue.put(slot)
+
+    async def close(self) -> None:
+        """Return when the thread has ended. The session must have ended, or it waits for the network."""
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        broken = False
+        while (slot := self._queue.get()) is not None:
+            size = 0
+            if not broken:
+                try:
+                    views = wire_views(slot.view, parse_header(slot.view, limit=1 << 62))
+                    size = self._session.send_part(views)
+                except FtdError:
+                    # The session tells everybody; slots still have to come back.
+                    broken = True
+                finally:
+                    views = []
+            self._loop.call_soon_threadsafe(self._done, slot, size)
+
+    def _done(self, slot: Slot, size: int) -> None:
+        self._staging.release(slot)
+        if size:
+            self._on_sent(size)

@@ -1,0 +1,53 @@
+"""Starting the shadow: what happens between the decision to take over and the guest running here.
+
+All that takes time has been done before: QEMU waits with its devices built, and guest memory is in place.
+What is left is the device state and the little memory that is in no shared file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from ftd import log
+from ftd.errors import TakeoverRefused
+from ftd.monitor import Monitor
+from ftd.shadow import Shadow
+
+_log = log.get(__name__)
+
+# Switches learn where the guest is now from packets it seems to send. The first goes out at once; the others
+# are for those that lose it, or come up late.
+ANNOUNCE = {"initial": 50, "max": 550, "rounds": 10, "step": 50}
+
+
+async def start_shadow(monitor: Monitor, shadow: Shadow) -> float:
+    """Load the committed epoch's state into the waiting QEMU and start it.
+
+    Returns when its vCPUs ran (monotonic seconds).
+
+    All acknowledged frames must have been applied. Raises TakeoverRefused when the shadow may not be started,
+    before anything is touched, and QemuError when QEMU did not take it; it must not be used then.
+    """
+    refusal = shadow.takeover_refusal()
+    if refusal is not None:
+        raise TakeoverRefused(f"takeover refused: {refusal}")
+    fd = await asyncio.to_thread(shadow.load_image)
+    try:
+        await monitor.send_descriptor("ftd-load", fd)
+    finally:
+        os.close(fd)
+    loaded = await monitor.execute("x-ft-load", fd="ftd-load")
+    if loaded["run-state"] == "running":
+        await monitor.execute("cont")
+    running = time.monotonic()
+    await monitor.execute("announce-self", **ANNOUNCE)
+    _log.info(
+        "shadow started",
+        epoch=shadow.committed_epoch,
+        device_bytes=loaded["device-bytes"],
+        pages=loaded["pages"],
+        run_state=loaded["run-state"],
+    )
+    return running
