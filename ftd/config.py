@@ -252,6 +252,23 @@ class Staging(_Section):
     )
 
 
+class Output(_Section):
+    """The guest's network output, which is held until its epoch is committed."""
+
+    limit_mib: int = Field(
+        default=64,
+        ge=1,
+        le=65_536,
+        description="MiB of packets that are held for each network queue before the guest has to wait. "
+        "Default: 64.",
+    )
+    hold: bool = Field(
+        default=True,
+        description="Hold output until its epoch is committed. Without that, clients see answers that a "
+        "takeover undoes: false is for tests that show just this. Default: true.",
+    )
+
+
 class Nic(_Section):
     """A network card of the guest. The backup needs the same cards in the same order."""
 
@@ -298,12 +315,12 @@ class Machine(_Section):
         "slower). `auto`: kvm where /dev/kvm can be used, else tcg. Default: auto.",
     )
     dirty_ring_size: int = Field(
-        default=4096,
+        default=65_536,
         ge=0,
         le=65_536,
         description="Entries of KVM's dirty ring for each vCPU, a power of two from 1024; 16 bytes each. A "
         "ring that is too small for an epoch stops the vCPU early. 0: use KVM's dirty bitmap. "
-        "Without effect under tcg. Default: 4096.",
+        "Without effect under tcg. Default: 65536.",
     )
     cpu: str = Field(
         default="",
@@ -422,6 +439,7 @@ class Config(_Section):
     heartbeat: Heartbeat = Heartbeat()
     epoch: Epoch = Epoch()
     staging: Staging = Staging()
+    output: Output = Output()
     machine: Machine = Machine()
     http: Http = Http()
     arbiter: Arbiter
@@ -587,7 +605,7 @@ _TYPE_WORDS = {
 
 def _wanted_type(annotation: Any, location: list[int | str]) -> str:
     if annotation is None:
-        return "what docs/configuration says"
+        return "what docs/configure.md says"
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         return _wanted_type(typing.get_args(annotation)[0], location)

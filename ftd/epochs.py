@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,12 +80,15 @@ class Protection:
         session: Session,
         generation: int,
         first_epoch: int,
+        *,
+        held_before: bool,
     ) -> None:
         self._config = config
         self._report = report
         self._monitor = monitor
         self._session = session
         self._generation = generation
+        self._held_before = held_before
         self._epoch = first_epoch  # that the guest is in now
         self._staging: Staging | None = None
         self._sender: Sender | None = None
@@ -94,6 +98,10 @@ class Protection:
         self._pressure = False
         self._abandoned: str | None = None
         self._qemu_died = False
+        # Set once the first frame is committed: from then on output is this session's to release.
+        self.committed = False
+        self._release: int | None = None  # eventfd: QEMU releases as many epochs as are added to it
+        self._acknowledged: dict[int, int] = {}  # when epochs were, monotonic ns
         self._verify_next = False
         self._verifying: dict[int, asyncio.Future[VerifyReport]] = {}
 
@@ -110,6 +118,7 @@ class Protection:
         """
         subscriptions = [
             self._monitor.on("X_FT_DIRTY_PRESSURE", self._on_pressure),
+            self._monitor.on("X_FT_OUTPUT_FULL", self._on_pressure),
             self._monitor.on("X_FT_ABANDONED", self._on_abandoned),
         ]
         try:
@@ -159,6 +168,8 @@ class Protection:
         self._staging = await asyncio.to_thread(Staging, config.staging.slots, size)
         for slot in self._staging.slots:
             await self._monitor.send_descriptor(slot.name, slot.fd)
+        self._release = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        await self._monitor.send_descriptor("ftd-release", self._release)
         pages = (config.staging.slot_mib << 20) // 4096
         status = await self._monitor.execute(
             "x-ft-begin",
@@ -167,6 +178,8 @@ class Protection:
             copy_threads=config.staging.copy_threads,
             pause_limit_ms=PAUSE_LIMIT_MS,
             pressure_pages=int(pages * PRESSURE),
+            output_limit=config.output.limit_mib << 20 if config.output.hold else 0,
+            release_fd="ftd-release",
         )
         self._slot_pages = status["pages-per-slot"]
         self._report.qemu = self._report.qemu.model_copy(update={"tracker": status["tracker"]})
@@ -243,6 +256,7 @@ class Protection:
                 break
         pause["total-ns"] = part["pause"]["total-ns"]
         self._report.pause(pause)
+        self._on_output(part["output"])
         self._report.metrics.observe_frame(pages, size)
         if digest and self._verify_next:
             self._verify_next = False
@@ -323,6 +337,7 @@ class Protection:
                     _log.debug("message of the backup ignored", kind=message.kind)
 
     def _on_ack(self, ack: Ack) -> None:
+        arrived = time.monotonic_ns()
         frame = self._in_flight.get(ack.epoch)
         # In order, once, of this generation: anything else is not the daemon that we know.
         if frame is None or ack.generation != self._generation or ack.epoch != min(self._in_flight):
@@ -332,10 +347,23 @@ class Protection:
                 resync=True,
                 aborted="invalid",
             )
+        # Before anything else: clients wait for this.
+        assert self._release is not None
+        os.eventfd_write(self._release, 1)
+        self._acknowledged[ack.epoch] = arrived
+        self.committed = True
         del self._in_flight[ack.epoch]
         self._report.set_in_flight(self._report.in_flight_bytes - frame.size)
         self._report.committed_epoch(ack.epoch, time.monotonic() - frame.resumed)
         self._changed.set()
+
+    def _on_output(self, output: Mapping[str, Any]) -> None:
+        """Note what QEMU says of the guest's output."""
+        released_at = self._acknowledged.get(output["released-epoch"])
+        latency = None if released_at is None else (output["released-at-ns"] - released_at) / 1e9
+        for epoch in [epoch for epoch in self._acknowledged if epoch <= output["released-epoch"]]:
+            del self._acknowledged[epoch]
+        self._report.output(output, latency)
 
     def _on_verified(self, result: VerifyResult) -> None:
         report = VerifyReport(
@@ -382,9 +410,16 @@ class Protection:
         if self._sender is not None:
             await self._sender.close()
         with contextlib.suppress(QemuError):
-            await self._monitor.execute("x-ft-end")
+            await self._monitor.execute("x-ft-end", output="release" if self._may_release() else "hold")
+        self._report.no_output()
+        if self._release is not None:
+            os.close(self._release)
         if self._staging is not None:
             self._staging.close()
+
+    def _may_release(self) -> bool:
+        """Whether the end of protection lets output go: not if it was held already when protection began."""
+        return self.committed or not self._held_before
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -5,9 +5,9 @@
           +-- ConfigError    2  the operator's: a configuration that cannot work; starting again will not help
           +-- HostError      3  this machine's: a device, permission, port or space that is missing
           +-- QemuError      4  QEMU's: it did not start, refused a command, or cannot be protected
-          |    +-- QemuDied  4  its monitor connection is gone
+          |    +-- QemuDied  7  it is gone; the backup has the guest, so nothing may be started in its place
           +-- PeerError      5  the other side's: incompatible, or it refused us
-          +-- TakeoverRefused 6 nobody's: another side holds the guest, so this one must not run it
+          +-- TakeoverRefused 6 nobody's: the shadow may not be started here
           +-- LinkError      1  the connection to the peer broke; handled, never the end of the daemon
           +-- FrameError     1  the bytes of a frame are not a frame; the shadow was not touched
 
@@ -63,7 +63,13 @@ class QemuError(FtdError):
 
 
 class QemuDied(QemuError):  # noqa: N818 — the name says what happened
-    """The monitor connection is gone: QEMU ended, or no longer speaks QMP on it."""
+    """The monitor connection is gone: QEMU ended, or no longer speaks QMP on it.
+
+    A code of its own, since a supervisor that starts the daemon again would start a second guest beside the
+    one that the backup has taken over.
+    """
+
+    exit_code = 7
 
 
 class PeerError(FtdError):
@@ -73,7 +79,7 @@ class PeerError(FtdError):
 
 
 class TakeoverRefused(FtdError):  # noqa: N818 — the name says what happened
-    """Authority over the guest is with another side, so this one must not run it."""
+    """The shadow may not be started: nothing is committed, it is damaged, or another side has the guest."""
 
     exit_code = 6
 

@@ -228,7 +228,16 @@ class _Rule(NamedTuple):
 
 
 _NETWORK = frozenset({"netdev", "nic", "net"})
+_DISKS = frozenset(
+    {"drive", "blockdev", "hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "pflash", "mtdblock"}
+)
 _RULES = (
+    _Rule(
+        _DISKS,
+        r"^(?!.*(\bread-?only=on\b|\bmedia=cdrom\b))",
+        "disks are not replicated yet, so a takeover would go on with another disk",
+        "run the guest from memory, or write readonly=on",
+    ),
     _Rule(None, r"(^|,)vhost(force)?=on\b", _BYPASSES_QEMU, "write vhost=off"),
     _Rule(_NETWORK, r"^vhost-", _BYPASSES_QEMU, "use [[machine.nic]] or a tap without vhost"),
     _Rule(frozenset({"device"}), r"^vhost-", _BYPASSES_QEMU, "use the virtio device without vhost"),
@@ -279,6 +288,18 @@ def refuse_devices(description: MachineDescription) -> None:
                 raise QemuError(
                     f"device {device} ({place}): {rule.reason}; {rule.remedy}, and start QEMU again"
                 )
+
+
+async def refuse_disks(monitor: Monitor) -> None:
+    """Checks that the guest can write to no disk. Raises QemuError naming the first one that it can."""
+    for drive in await monitor.execute("query-block"):
+        medium = drive.get("inserted")
+        if medium is not None and not medium["ro"]:
+            name = drive.get("qdev") or drive.get("device") or medium.get("node-name", "?")
+            raise QemuError(
+                f"disk {name} ({medium.get('file', '?')}): disks are not replicated yet, so a takeover would "
+                "go on with another disk; start QEMU without it, or with readonly=on"
+            )
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 
 from ftd import http, log
 from ftd.arbiter import NoArbiter
 from ftd.backup import Backup, TakenOver
 from ftd.config import Config
-from ftd.errors import FtdError
+from ftd.durable import Durable, Memory
+from ftd.errors import FtdError, HostError, friendly
 from ftd.link import LinkOptions
 from ftd.messages import HeartbeatSettings
 from ftd.metrics import Metrics
 from ftd.notify import Notifier
 from ftd.primary import Primary, start_guest
+from ftd.qemu import QemuProcess, RunFiles, is_running
 from ftd.report import Report
-from ftd.state import Move, PairState
+from ftd.state import Move, PairState, Role
 from ftd.status import Status, VerifyReport
 from ftd.tls import TlsFiles, load_identity
 
@@ -34,13 +37,18 @@ _log = log.get(__name__)
 # back after this many seconds; Python's default of 5 ms is the length of a short epoch.
 SWITCH_INTERVAL_SECONDS = 0.0005
 
+# Of the daemon, so that a busy guest on a busy host does not make it miss heartbeats. It uses little.
+PRIORITY = -10
+
 
 class Node:
     """A running daemon; the source of its status."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, role: Role) -> None:
         self._config = config
-        self._report = Report(config, Metrics())
+        self._role = role
+        self._durable = Durable(config.node.state_folder)
+        self._report = Report(config, Metrics(), role)
         self._primary: Primary | None = None
         self._notifier = Notifier.from_environment()
         self._report.machine.listen(self._tell_systemd)
@@ -69,6 +77,8 @@ class Node:
         Raises FtdError when something is missing that this node cannot do without.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+        with contextlib.suppress(OSError):  # not allowed: heartbeats are late more often on a busy host
+            os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
         options = self._link_options()
         self._show_warnings(options)
         server = await http.serve(
@@ -76,7 +86,7 @@ class Node:
         )
         watchdog = asyncio.create_task(self._notifier.watch(self.why_unhealthy))
         try:
-            if self._config.node.role == "backup":
+            if self._role == "backup":
                 return await self._run_backup(options)
             return await self._run_primary(options)
         except asyncio.CancelledError:
@@ -96,14 +106,17 @@ class Node:
         outcome = await backup.run()
         if not isinstance(outcome, TakenOver):
             return 0
+        self._remember(outcome.generation)
         return await self._lead(
             Primary(self._config, self._report, options, outcome.guest, outcome.generation)
         )
 
     async def _run_primary(self, options: LinkOptions) -> int:
+        generation = max(1, self._durable.read().generation)
         guest = await start_guest(self._config)
+        self._remember(generation)
         self._notifier.ready("primary: the guest runs")
-        return await self._lead(Primary(self._config, self._report, options, guest, 1))
+        return await self._lead(Primary(self._config, self._report, options, guest, generation))
 
     async def _lead(self, primary: Primary) -> int:
         self._primary = primary
@@ -113,6 +126,13 @@ class Node:
             await primary.let_go()
         _log.info("the guest has ended, so does the daemon", reason=reason)
         return 0
+
+    def _remember(self, generation: int) -> None:
+        """Note that this node runs the guest, which goes on whatever becomes of the note."""
+        try:
+            self._durable.write(Memory(generation=generation, role="primary"))
+        except HostError as error:
+            _log.error("the generation is not remembered", generation=generation, error=friendly(error))
 
     def _link_options(self) -> LinkOptions:
         link = self._config.link
@@ -131,10 +151,11 @@ class Node:
     def _show_warnings(self, options: LinkOptions) -> None:
         report = self._report
         report.warn("accept_split_brain", NoArbiter.WARNING)
-        report.warn(
-            "output_not_held",
-            "network output is not held back: clients may see answers that a takeover undoes",
-        )
+        if not self._config.output.hold:
+            report.warn(
+                "output_not_held",
+                "network output is not held back (hold = false): clients see answers that a takeover undoes",
+            )
         if options.identity is None:
             report.warn("insecure_link", "the link is neither encrypted nor authenticated (insecure = true)")
         else:
@@ -147,4 +168,22 @@ class Node:
 
 async def run(config: Config) -> int:
     """Run a node; return the exit code. Raises FtdError, one line, for what it cannot do without."""
-    return await Node(config).run()
+    return await Node(config, await _role(config)).run()
+
+
+async def _role(config: Config) -> Role:
+    """Return what this node is: as configured, but for a backup that took over and whose daemon starts anew.
+
+    A shadow that an earlier daemon left waiting is ended: what it held is not known to be whole.
+    """
+    if config.node.role == "primary" or not is_running(config):
+        return config.node.role
+    found = await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
+    status = await found.monitor.execute("query-status")
+    if status["status"] == "inmigrate":
+        _log.warning("ending a shadow that an earlier daemon left behind", pid=found.pid)
+        await found.kill()
+        return "backup"
+    _log.warning("the guest runs here since a takeover: this node is the primary", pid=found.pid)
+    await found.detach()
+    return "primary"

@@ -20,7 +20,7 @@ from ftd.config import Config
 from ftd.epochs import Protection, ProtectionLost
 from ftd.errors import FtdError, LinkError, PeerError, QemuDied, QemuError, friendly
 from ftd.link import LinkOptions, Session
-from ftd.machine import MachineDescription, refuse_devices
+from ftd.machine import MachineDescription, refuse_devices, refuse_disks
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost
 from ftd.monitor import Event
 from ftd.qemu import QemuProcess, RunFiles, is_running, require_patched
@@ -69,6 +69,8 @@ class Primary:
         self._description: MachineDescription | None = None
         self._protection: Protection | None = None
         self._session: Session | None = None
+        self._held = False  # output is held, and it is not known whether this side may release it
+        self._over = False  # the guest has ended: no more backups, and no more moves but to `stopped`
         self._shutdown: str | None = None  # QEMU's reason, once the guest is ending
         self._unsubscribe: list[Callable[[], None]] = []
 
@@ -81,7 +83,11 @@ class Primary:
         report = self._report
         monitor = self._guest.monitor
         report.set_generation(self._generation)
-        self._unsubscribe.append(monitor.on("SHUTDOWN", self._on_shutdown))
+        self._unsubscribe += [
+            monitor.on("SHUTDOWN", self._on_shutdown),
+            monitor.on("STOP", lambda _: self._set_running(False)),
+            monitor.on("RESUME", lambda _: self._set_running(True)),
+        ]
         ended = asyncio.ensure_future(self._until_ended())
         work = asyncio.ensure_future(self._prepare_and_protect())
         try:
@@ -92,6 +98,7 @@ class Primary:
                 if not isinstance(error, QemuDied):
                     raise error if error is not None else AssertionError("the primary has no work left")
                 await ended
+            self._over = True
             return await self._after_the_end()
         finally:
             for unsubscribe in self._unsubscribe:
@@ -118,6 +125,9 @@ class Primary:
     def _on_shutdown(self, event: Event) -> None:
         self._shutdown = str(event.get("data", {}).get("reason", "unknown"))
 
+    def _set_running(self, running: bool) -> None:
+        self._report.qemu = self._report.qemu.model_copy(update={"running": running})
+
     async def _until_ended(self) -> None:
         gone = asyncio.ensure_future(self._guest.wait())
         lost = asyncio.ensure_future(self._guest.monitor.lost.wait())
@@ -128,6 +138,7 @@ class Primary:
             lost.cancel()
 
     async def _after_the_end(self) -> str:
+        self._set_running(False)
         session = self._session
         if self._shutdown is not None and self._shutdown not in _NOT_WANTED:
             reason = f"the guest has ended: {self._shutdown}"
@@ -156,10 +167,20 @@ class Primary:
     async def _prepare_and_protect(self) -> None:
         monitor = self._guest.monitor
         await require_patched(monitor)
-        # An earlier daemon may have left checkpointing on, into slots that are gone.
-        await monitor.execute("x-ft-end")
+        # An earlier daemon may have left checkpointing on, into slots that are gone. Output that it held
+        # stays held (rule S6): its backup may have taken over since.
+        info = await monitor.execute("query-x-ft")
+        self._held = info["output"]["holding"]
+        await monitor.execute("x-ft-end", output="hold" if self._held else "release")
+        if self._held:
+            self._report.output(info["output"], None)
+            self._report.machine.move(
+                PairState.HELD,
+                "the guest of an earlier daemon, whose output is held: the backup may have taken over",
+            )
         self._description = await MachineDescription.of(monitor)
         refuse_devices(self._description)
+        await refuse_disks(monitor)
         self._report.qemu = QemuStatus(
             pid=self._guest.pid,
             version=self._description.qemu_version,
@@ -167,7 +188,7 @@ class Primary:
             running=True,
         )
         told = ""
-        while True:
+        while not self._over:
             wait = RETRY_SECONDS
             try:
                 session = await self._connect()
@@ -178,7 +199,9 @@ class Primary:
                 if text != told:
                     told = text
                     _log.warning("no backup: the guest runs unprotected", reason=text)
-                if self._report.machine.allows(PairState.SOLO):
+                if self._held:
+                    await self._look_at_held_output()
+                if not self._held and self._report.machine.allows(PairState.SOLO):
                     self._report.machine.move(PairState.SOLO, text)
                 await asyncio.sleep(wait)
                 continue
@@ -186,6 +209,12 @@ class Primary:
             if await self._with_backup(session):
                 continue
             await asyncio.sleep(wait)
+
+    async def _look_at_held_output(self) -> None:
+        """Show what is held; an operator may have let it go over QMP, and with it said who has the guest."""
+        info = await self._guest.monitor.execute("query-x-ft")
+        self._held = info["output"]["holding"]
+        self._report.output(info["output"], None)
 
     async def _connect(self) -> Session:
         assert self._description is not None
@@ -211,6 +240,7 @@ class Primary:
             source=settings.listen,
             on_lateness=self._report.metrics.loop_lag.set,
         )
+        _log.info("link up", peer=session.peer, node=session.peer_node, session=session.id)
         try:
             differences = self._description.differences(
                 MachineDescription.model_validate(session.welcome.description)
@@ -234,7 +264,13 @@ class Primary:
         report.heartbeat_age = lambda: session.heartbeat_age
         report.machine.move(PairState.SYNCING, f"{session.peer_node} is there: copying the guest")
         self._protection = protection = Protection(
-            self._config, report, self._guest.monitor, session, self._generation, self._next_epoch
+            self._config,
+            report,
+            self._guest.monitor,
+            session,
+            self._generation,
+            self._next_epoch,
+            held_before=self._held,
         )
         again, aborted = False, "link"
         reason = ""
@@ -256,10 +292,12 @@ class Primary:
             report.epoch_aborted(aborted)
             # A number is never used twice within a generation, committed or not.
             self._next_epoch = protection.epoch + 1
+            self._held = self._held and not protection.committed
             self._protection = None
             report.peer_connected = False
             report.heartbeat_age = lambda: None
-            if report.machine.state is not PairState.STOPPED and reason:
+            if not self._over and reason:
                 _log.warning("protection is lost", reason=reason)
-                report.machine.move(PairState.SYNCING if again else PairState.SOLO, reason)
+                alone = PairState.HELD if self._held else PairState.SOLO
+                report.machine.move(PairState.SYNCING if again else alone, reason)
         return again

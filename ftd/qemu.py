@@ -381,7 +381,8 @@ class QemuProcess:
         except BaseException:
             memory_file.unlink(missing_ok=True)
             raise
-        child.unlink_at_end(memory_file)
+        for path in (memory_file, files.qmp_socket, files.operator_socket, files.pid_file):
+            child.unlink_at_end(path)
         try:
             monitor = await _first_answer(child, files, timeout)
         except BaseException:
@@ -561,6 +562,9 @@ def _spawn(words: list[str], log_file: Path) -> _Child:
         )
     except OSError as error:
         raise HostError(f"cannot start QEMU: {friendly(OSError(error.errno, '', words[0]))}") from None
+    with suppress(OSError):
+        # The daemon may run at a higher priority, which is not the guest's.
+        os.setpriority(os.PRIO_PROCESS, pid, 0)
     return _Child(pid, ours=True)
 
 

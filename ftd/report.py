@@ -15,9 +15,10 @@ from typing import Any
 import ftd
 from ftd.config import Config
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
-from ftd.state import Move, PairState, StateMachine
+from ftd.state import Move, PairState, Role, StateMachine
 from ftd.status import (
     EpochStatus,
+    OutputStatus,
     PauseStatus,
     PeerStatus,
     QemuStatus,
@@ -33,10 +34,10 @@ KEPT_PAUSES = 1000
 class Report:
     """The node's account of itself. `machine` is its state; `metrics` are its series."""
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(self, config: Config, metrics: Metrics, role: Role) -> None:
         self.config = config
         self.metrics = metrics
-        self.machine = StateMachine(config.node.role)
+        self.machine = StateMachine(role)
         self.generation = 0
         self.epoch = 0
         self.committed = 0
@@ -49,11 +50,12 @@ class Report:
         self._takeover: TakeoverStatus | None = None
         self._pauses: deque[float] = deque(maxlen=KEPT_PAUSES)
         self._parts: dict[PausePart, deque[float]] = {part: deque(maxlen=KEPT_PAUSES) for part in PAUSE_PARTS}
-        self._epoch_length = 0.0
+        self._epoch_length = self.configured_epoch
         self._begun = 0
         self._aborted = 0
         self._sync = SyncStatus()
         self._sync_began = 0.0
+        self._output = OutputStatus()
         self._warnings: dict[Warning_, str] = {}
         self._started = self._moved = time.monotonic()
         self.machine.listen(self._on_move)
@@ -151,6 +153,32 @@ class Report:
         if latency is not None:
             self.metrics.commit_latency.observe(latency)
 
+    def output(self, output: Mapping[str, Any], latency: float | None) -> None:
+        """Note what QEMU's FtOutput says. latency: seconds from the last ack until its output was let go."""
+        metrics = self.metrics
+        held = OutputStatus(
+            holding=output["holding"],
+            held_packets=output["packets"],
+            held_bytes=output["bytes"],
+            longest_hold=output["longest-ns"] / 1e9,
+            pushed_back=output["pushed-back"],
+            dropped=output["dropped"],
+        )
+        # QEMU counts for as long as it lives, and a daemon may have been restarted meanwhile.
+        metrics.output_pushed_back.inc(max(0, held.pushed_back - self._output.pushed_back))
+        metrics.output_held_packets.set(held.held_packets)
+        metrics.output_held.set(held.held_bytes)
+        metrics.output_longest_hold.set(held.longest_hold)
+        if latency is not None:
+            metrics.release_latency.observe(latency)
+        self._output = held
+
+    def no_output(self) -> None:
+        """Nothing is known of the output any more: protection has ended."""
+        self._output = OutputStatus(pushed_back=self._output.pushed_back)
+        self.metrics.output_held_packets.set(0)
+        self.metrics.output_held.set(0)
+
     def set_in_flight(self, size: int) -> None:
         """Note the bytes of frames under way."""
         self.in_flight_bytes = size
@@ -210,6 +238,7 @@ class Report:
             uptime=now - self._started,
             generation=self.generation,
             in_flight_bytes=self.in_flight_bytes,
+            output=self._output,
             peer=peer,
             qemu=self.qemu,
             takeover=self._takeover,

@@ -83,6 +83,8 @@ class OutputStatus(Model):
     held_bytes: int = 0
     longest_hold: float = 0.0
     pushed_back: int = 0
+    dropped: int = 0
+    """Packets lost from a NIC that cannot wait, because the buffer was full."""
 
 
 class TakeoverStatus(Model):

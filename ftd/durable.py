@@ -1,0 +1,65 @@
+"""What a node has to know after a crash or a reboot: the generation, and which part it last played.
+
+One small JSON file in the state folder, replaced atomically and forced to the disk, so that it is always one
+whole state or the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ftd.errors import HostError, friendly
+from ftd.state import Role
+
+
+class Memory(BaseModel):
+    """generation: the last one that this node took part in; 0 for none. role: what it was in it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    generation: int = Field(default=0, ge=0)
+    role: Role | None = None
+
+
+class Durable:
+    """The file `node.json` in a folder. Raises HostError, one line, for what cannot be read or written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "node.json"
+
+    def read(self) -> Memory:
+        """Return what was last written, or an empty memory."""
+        try:
+            return Memory.model_validate_json(self.path.read_bytes())
+        except FileNotFoundError:
+            return Memory()
+        except OSError as error:
+            raise HostError(friendly(error)) from None
+        except ValidationError:
+            raise HostError(
+                f"{self.path}: is not a node's memory; if the peer runs the guest or no guest runs, remove it"
+            ) from None
+
+    def write(self, memory: Memory) -> None:
+        """Replace what was written before, and return when it would survive a power loss."""
+        new = self.path.with_suffix(".new")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with new.open("wb") as file:
+                file.write(memory.model_dump_json().encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise HostError(friendly(error)) from None
