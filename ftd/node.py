@@ -37,8 +37,8 @@ _log = log.get(__name__)
 # back after this many seconds; Python's default of 5 ms is the length of a short epoch.
 SWITCH_INTERVAL_SECONDS = 0.0005
 
-# Of the daemon, so that a busy guest on a busy host does not make it miss heartbeats. It uses little.
-PRIORITY = -10
+# For hosts that do not let the daemon have real-time priority.
+NICENESS = -10
 
 
 class Node:
@@ -77,8 +77,7 @@ class Node:
         Raises FtdError when something is missing that this node cannot do without.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        with contextlib.suppress(OSError):  # not allowed: heartbeats are late more often on a busy host
-            os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+        _take_priority()
         options = self._link_options()
         self._show_warnings(options)
         server = await http.serve(
@@ -164,6 +163,20 @@ class Node:
 
     def _tell_systemd(self, move: Move) -> None:
         self._notifier.status(f"{move.to}: {move.reason}")
+
+
+def _take_priority() -> None:
+    """Let the event loop run before everything else that wants a processor.
+
+    A heartbeat that waits for a busy host is a missed one. Real-time, since niceness does not count between
+    sessions (autogroups). Only this thread: threads and programs that it starts begin as everybody else.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except OSError as error:
+        _log.warning("no real-time priority: heartbeats may be late on a busy host", error=friendly(error))
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 async def run(config: Config) -> int:

@@ -563,7 +563,7 @@ def _spawn(words: list[str], log_file: Path) -> _Child:
     except OSError as error:
         raise HostError(f"cannot start QEMU: {friendly(OSError(error.errno, '', words[0]))}") from None
     with suppress(OSError):
-        # The daemon may run at a higher priority, which is not the guest's.
+        # A daemon without real-time priority has made itself less nice, which is inherited.
         os.setpriority(os.PRIO_PROCESS, pid, 0)
     return _Child(pid, ours=True)
 

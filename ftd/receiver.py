@@ -153,6 +153,12 @@ class Receiver:
         if not item.digests.size:
             return
         differences = self._shadow.verify(item, limit=MAX_DIFFERENCES)
+        if differences:
+            first = differences[0]
+            self._shadow.poison(
+                f"after epoch {item.epoch} its memory differs from the guest's "
+                f"in {len(differences)} pages, first page {first.page} of block {first.block}"
+            )
         pages = sum(block.used_length // PAGE_SIZE for block in item.blocks)
         result = VerifyResult(
             epoch=item.epoch,

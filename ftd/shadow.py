@@ -312,6 +312,10 @@ class Shadow:
             self._device = device
             self._committed_epoch = frame.epoch
 
+    def poison(self, reason: str) -> None:
+        """Refuse takeover from now on, for this reason, until the next sync: the memory is known bad."""
+        self._poison = reason
+
     def takeover_refusal(self) -> str | None:
         """Return why this shadow may not be started, or None if it may. Does not wait."""
         if self._closed:

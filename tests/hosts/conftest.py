@@ -1,19 +1,35 @@
 """Tests on hosts made of network namespaces; they need root and say so when they are skipped."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
+from testbed.guarded import defects, wait_ready
+from testbed.guest import KVM, Guest
 from testbed.hosts import TestNetwork
+from testbed.pair import Pair
+
+REPOSITORY = Path(__file__).parents[2]
+StartPair = Callable[..., Awaitable[Pair]]
+
+# Machines that run tests are busy: a daemon that is not scheduled for a moment is no dead host. Without an
+# arbiter the backup would take over beside a primary that lives.
+PATIENT = {"interval_ms": 100, "misses": 12}
+# Pages are found by KVM's bitmap unless a test is about its rings.
+DEFAULTS = {"heartbeat": PATIENT, "machine": {"dirty_ring_size": 0}}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.geteuid() == 0:
-        return
-    skip = pytest.mark.skip(reason="network namespaces need root")
+    root = pytest.mark.skip(reason="network namespaces need root")
+    kvm = pytest.mark.skip(reason=f"{KVM} is not there, or may not be used")
     for item in items:
-        if item.get_closest_marker("root"):
-            item.add_marker(skip)
+        if item.get_closest_marker("root") and os.geteuid() != 0:
+            item.add_marker(root)
+        if item.get_closest_marker("kvm") and not os.access(KVM, os.R_OK | os.W_OK):
+            item.add_marker(kvm)
 
 
 @pytest.fixture
@@ -22,3 +38,66 @@ def network() -> Iterator[TestNetwork]:
     with TestNetwork() as made:
         yield made
     assert made.leftovers() == []
+
+
+@pytest.fixture(scope="session")
+def qemu_binary() -> Path:
+    """The patched QEMU: $FTD_QEMU, or what scripts/build-qemu has built. A missing one is a failure."""
+    if given := os.environ.get("FTD_QEMU"):
+        return Path(given)
+    script = REPOSITORY / "scripts/build-qemu"
+    built = subprocess.run([script, "--print"], capture_output=True, text=True, check=False)
+    if built.returncode != 0:
+        pytest.fail("no QEMU to test with: run scripts/build-qemu, or set FTD_QEMU", pytrace=False)
+    return Path(built.stdout.strip()) / "bin/qemu-system-x86_64"
+
+
+@pytest.fixture
+async def make_pair(network: TestNetwork, qemu_binary: Path) -> AsyncIterator[StartPair]:
+    """Makes a pair of daemons that are not started: takes the guest, `settings` and `backup_settings`.
+
+    Afterwards no log of either may hold what only a defect writes, whatever the test did to them. The logs
+    are printed, and shown if the test failed.
+    """
+    pairs: list[Pair] = []
+
+    async def make(
+        guest: Guest,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        backup_settings: Mapping[str, Mapping[str, Any]] | None = None,
+        qemu: Path = qemu_binary,
+    ) -> Pair:
+        tables = {**DEFAULTS, **{name: dict(table) for name, table in (settings or {}).items()}}
+        more = {name: dict(table) for name, table in (backup_settings or {}).items()}
+        pair = Pair(network, guest, qemu, tables, more)
+        await pair.prepare()
+        pairs.append(pair)
+        return pair
+
+    yield make
+    found = []
+    for host in network.hosts.values():
+        host.kill_all()
+    for pair in pairs:
+        for daemon in (pair.primary, pair.backup):
+            if daemon.process is not None:
+                await daemon.process.wait()
+            print(f"---- log of the {daemon.role} on {daemon.host.name}\n{daemon.logs()[-6000:]}")
+            found += defects(daemon)
+        await pair.close()
+    assert found == []
+
+
+@pytest.fixture
+async def start_pair(make_pair: StartPair) -> StartPair:
+    """Like make_pair, but both daemons are started, and the guest is protected."""
+
+    async def start(*arguments: Any, **settings: Any) -> Pair:
+        pair = await make_pair(*arguments, **settings)
+        await pair.backup.start()
+        await wait_ready(pair.backup)
+        await pair.primary.start()
+        await pair.wait_protected()
+        return pair
+
+    return start

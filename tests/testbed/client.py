@@ -3,6 +3,7 @@
     python -m testbed.client count ADDRESS --history FILE    HTTP increments over keep-alive connections
     python -m testbed.client stream ADDRESS --history FILE   numbered lines over one TCP connection
     python -m testbed.client udp ADDRESS --history FILE      datagrams
+    python -m testbed.client ping ADDRESS --history FILE     ICMP echo requests; needs root
 
 Each runs until SIGTERM or SIGINT (or --duration), and ends once the requests in flight are answered or timed
 out. CounterClient runs one of these inside the client's namespace, as a process of its own: so what it
@@ -14,14 +15,17 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import struct
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 import aiohttp
 
-from testbed.history import History, Kind, Request, Sample
+from testbed.history import History, Kind, Request, Sample, read_samples
 from testbed.hosts import GUEST_ADDRESS, Node, TestbedError
 from testbed.namespaces import http_session
 
@@ -162,6 +166,43 @@ async def udp(address: str, port: int, out: TextIO, stop: asyncio.Event, *, inte
     transport.close()
 
 
+def _checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+async def ping(address: str, out: TextIO, stop: asyncio.Event, *, interval_s: float) -> None:
+    """Echo requests at an interval; those never answered are not recorded."""
+    loop = asyncio.get_running_loop()
+    own = os.getpid() & 0xFFFF
+    sent: dict[int, int] = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+        raw.setblocking(False)
+        raw.connect((address, 0))
+
+        def read() -> None:
+            packet = raw.recv(2048)
+            now = time.monotonic_ns()
+            # After the IP header, which has 20 bytes here: type, code, checksum, identifier, number, data.
+            kind, _, _, identifier, _, number = struct.unpack_from("!BBHHHQ", packet, 20)
+            if kind == 0 and identifier == own and (start := sent.pop(number, None)) is not None:
+                out.write(Sample("ping", number, start, now, number).line() + "\n")
+
+        loop.add_reader(raw, read)
+        number = 0
+        while not stop.is_set():
+            number += 1
+            sent[number] = time.monotonic_ns()
+            body = struct.pack("!HHQ", own, number & 0xFFFF, number)
+            packet = struct.pack("!BBH", 8, 0, _checksum(b"\x08\x00\x00\x00" + body)) + body
+            with contextlib.suppress(OSError):  # no route for a moment: one that is lost, like others
+                raw.send(packet)
+            await asyncio.sleep(interval_s)
+        loop.remove_reader(raw)
+
+
 async def _main(options: argparse.Namespace) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -187,14 +228,20 @@ async def _main(options: argparse.Namespace) -> None:
                 for worker in range(options.connections)
             )
             await asyncio.gather(*workers)
-        else:
-            probe = stream if options.probe == "stream" else udp
-            await probe(options.address, port, out, stop, interval_s=options.interval or 0.005)
+            return
+        interval_s = options.interval or 0.005
+        match options.probe:
+            case "stream":
+                await stream(options.address, port, out, stop, interval_s=interval_s)
+            case "udp":
+                await udp(options.address, port, out, stop, interval_s=interval_s)
+            case "ping":
+                await ping(options.address, out, stop, interval_s=interval_s)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="testbed.client", description="Counts through the guest.")
-    parser.add_argument("probe", choices=("count", "stream", "udp"))
+    parser.add_argument("probe", choices=("count", "stream", "udp", "ping"))
     parser.add_argument("address")
     parser.add_argument("--port", type=int, help="default: 80 to count, else 7000")
     parser.add_argument("--history", help="file for the JSON lines; default: standard output")
@@ -211,6 +258,8 @@ def main() -> None:
 class CounterClient:
     """Runs `testbed.client` in a node's namespace."""
 
+    module = "testbed.client"
+
     def __init__(
         self,
         node: Node,
@@ -223,7 +272,7 @@ class CounterClient:
         reconnect: bool = False,
         timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
-        self.node, self.path, self.address = node, history, address
+        self.node, self.path, self.address, self.probe = node, history, address, probe
         self._arguments = [probe, address, "--history", str(history), "--connections", str(connections)]
         self._arguments += [
             "--interval",
@@ -238,7 +287,7 @@ class CounterClient:
         """Start counting."""
         folder = str(Path(__file__).parents[1])
         environment = {**os.environ, "PYTHONPATH": folder}
-        argv = [sys.executable, "-m", "testbed.client", *self._arguments]
+        argv = [sys.executable, "-m", self.module, *self._arguments]
         self._process = await self.node.run(argv, env=environment)
 
     async def stop(self, timeout_s: float = REQUEST_TIMEOUT_S + 5) -> None:
@@ -254,20 +303,30 @@ class CounterClient:
             raise TestbedError(f"the client does not end within {timeout_s:g} s") from None
 
     def history(self) -> History:
-        """What it recorded so far."""
+        """What it recorded so far, if it counts."""
         return History.read(self.path) if self.path.exists() else History(())
+
+    def samples(self) -> list[Sample]:
+        """What it recorded so far, if it does not count but streams, sends datagrams or pings."""
+        return read_samples(self.path) if self.path.exists() else []
+
+    def _recorded(self) -> Sequence[Request | Sample]:
+        return self.history().requests if self.probe == "count" else self.samples()
 
     async def wait_answers(self, count: int, timeout_s: float, *, after_ns: int = 0) -> None:
         """Wait until so many answers came to requests that began after `after_ns`."""
         deadline = time.monotonic() + timeout_s
-        while sum(each.start_ns > after_ns for each in self.history().answered) < count:
+        while True:
+            recorded = self._recorded()
+            if sum(each.value is not None and each.start_ns > after_ns for each in recorded) >= count:
+                return
             if self._process is None or self._process.returncode is not None:
-                raise TestbedError(
-                    f"the client has ended: {[each.error for each in self.history().errors][-1:]}"
-                )
+                errors = [each.error for each in recorded if each.error is not None]
+                raise TestbedError(f"the client ({self.probe}) has ended: {errors[-1:]}")
             if time.monotonic() > deadline:
                 raise TestbedError(
-                    f"the guest at {self.address} gave fewer than {count} answers in {timeout_s:g} s"
+                    f"the guest at {self.address} gave fewer than {count} answers to {self.probe} "
+                    f"in {timeout_s:g} s"
                 )
             await asyncio.sleep(0.05)
 

@@ -214,9 +214,9 @@ def _parse(lines: list[str]) -> Iterator[Request]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A probe (line of a stream, datagram) and its answer; `number` is the client's own count from 1."""
+    """A probe (line of a stream, datagram, ping) and its answer; `number` is the client's own count from 1."""
 
-    probe: Literal["stream", "udp"]
+    probe: Literal["stream", "udp", "ping"]
     number: int
     start_ns: int
     end_ns: int
@@ -271,6 +271,15 @@ def value_problems(samples: Iterable[Sample]) -> list[str]:
         if highest is None or _less(highest, sample):
             highest = sample
     return lines
+
+
+def as_reads(samples: Iterable[Sample]) -> tuple[Request, ...]:
+    """Answers to datagrams as what they are, readings of the counter: to be judged with the increments."""
+    return tuple(
+        Request("read", 0, 0, each.start_ns, each.end_ns, each.value)
+        for each in samples
+        if each.probe == "udp" and each.value is not None
+    )
 
 
 def _less(one: Sample, other: Sample) -> bool:

@@ -157,6 +157,7 @@ class Daemon:
         """Give back this process's connections to the daemon."""
         if self._session is not None:
             await self._session.close()
+            self._session = None
 
 
 def _kill(pid: int) -> Death:
@@ -167,13 +168,22 @@ def _kill(pid: int) -> Death:
 
 
 class Pair:
-    """Both daemons, configured for one guest. `settings` are tables that are merged over the defaults."""
+    """Both daemons, configured for one guest.
+
+    `settings` are tables that are merged over the defaults; `backup_settings` over those, on the backup only.
+    """
 
     def __init__(
-        self, network: TestNetwork, guest: Guest, qemu: Path, settings: Mapping[str, Table] | None = None
+        self,
+        network: TestNetwork,
+        guest: Guest,
+        qemu: Path,
+        settings: Mapping[str, Table] | None = None,
+        backup_settings: Mapping[str, Table] | None = None,
     ) -> None:
         self.network, self.guest, self.qemu = network, guest, qemu
         self.settings = settings or {}
+        self.backup_settings = backup_settings or {}
         self.a, self.b = list(network.hosts.values())[:2]
         self.primary: Daemon
         self.backup: Daemon
@@ -202,8 +212,9 @@ class Pair:
             "http": {"listen": "127.0.0.1", "port": HTTP_PORT},
             "arbiter": {"kind": "none", "accept_split_brain": True},
         }
-        for name, table in self.settings.items():
-            tables[name] = {**tables.get(name, {}), **table}
+        for settings in (self.settings, self.backup_settings if role == "backup" else {}):
+            for name, table in settings.items():
+                tables[name] = {**tables.get(name, {}), **table}
         return tables
 
     async def prepare(self) -> None:
