@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ftd
-from ftd import log
+from ftd import log, tap
 from ftd.arbiter import Arbiter
 from ftd.config import Config
 from ftd.errors import FtdError, PeerError, QemuError, TakeoverRefused, friendly
@@ -138,6 +138,7 @@ class Backup:
     async def _start_qemu(self) -> QemuProcess:
         qemu = await QemuProcess.start(self._config, incoming=True)
         try:
+            tap.switch(self._config.machine.nic, up=False)
             await require_patched(qemu.monitor)
             self._description = await MachineDescription.of(qemu.monitor)
         except BaseException:
@@ -364,7 +365,7 @@ class Backup:
         epoch = shadow.committed_epoch
         assert epoch is not None
         try:
-            running = await start_shadow(qemu.monitor, shadow)
+            running = await start_shadow(qemu.monitor, shadow, self._config.machine.nic)
         except TakeoverRefused as error:
             report.metrics.takeovers_refused.inc()
             report.machine.move(PairState.WAITING, str(error))

@@ -274,7 +274,8 @@ class Nic(_Section):
 
     tap: str = Field(
         pattern=r"^[^\s/,:]{1,15}$",
-        description="Tap interface on this host that carries the card's traffic; it must exist. Required.",
+        description="Tap interface on this host that carries the card's traffic; it must exist. ftd sets it "
+        "up where the guest runs, and down where it only waits. Required.",
     )
     mac: str = Field(
         pattern=r"^[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}$",

@@ -15,10 +15,10 @@ import uuid
 from collections.abc import Callable
 
 import ftd
-from ftd import link, log
+from ftd import link, log, tap
 from ftd.config import Config
 from ftd.epochs import Protection, ProtectionLost
-from ftd.errors import FtdError, LinkError, PeerError, QemuDied, QemuError, friendly
+from ftd.errors import FtdError, HostError, LinkError, PeerError, QemuDied, QemuError, friendly
 from ftd.link import LinkOptions, Session
 from ftd.machine import MachineDescription, refuse_devices, refuse_disks
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost
@@ -51,7 +51,13 @@ async def start_guest(config: Config) -> QemuProcess:
     if is_running(config):
         _log.info("the guest of an earlier daemon runs: attaching to it")
         return await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
-    return await QemuProcess.start(config)
+    guest = await QemuProcess.start(config)
+    try:
+        tap.switch(machine.nic, up=True)
+    except HostError:
+        await guest.kill()
+        raise
+    return guest
 
 
 class Primary:

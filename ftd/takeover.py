@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 
-from ftd import log
-from ftd.errors import TakeoverRefused
+from ftd import log, tap
+from ftd.config import Nic
+from ftd.errors import HostError, TakeoverRefused, friendly
 from ftd.monitor import Monitor
 from ftd.shadow import Shadow
 
@@ -22,7 +24,7 @@ _log = log.get(__name__)
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 10, "step": 50}
 
 
-async def start_shadow(monitor: Monitor, shadow: Shadow) -> float:
+async def start_shadow(monitor: Monitor, shadow: Shadow, nics: Sequence[Nic]) -> float:
     """Load the committed epoch's state into the waiting QEMU and start it.
 
     Returns when its vCPUs ran (monotonic seconds).
@@ -39,6 +41,11 @@ async def start_shadow(monitor: Monitor, shadow: Shadow) -> float:
     finally:
         os.close(fd)
     loaded = await monitor.execute("x-ft-load", fd="ftd-load")
+    try:
+        tap.switch(nics, up=True)
+    except HostError as error:
+        # A guest that nobody reaches is still one that an operator can connect again.
+        _log.error("the guest starts without its network", error=friendly(error))
     if loaded["run-state"] == "running":
         await monitor.execute("cont")
     running = time.monotonic()

@@ -83,6 +83,28 @@ async def test_guest_that_fills_its_ring_runs_on(start_pair: Callable[..., Any])
         assert await metric(daemon, "ftd_verify_differing_pages_total") == 0
 
 
+@pytest.mark.kvm
+async def test_frames_of_several_parts_are_equal(start_pair: Callable[..., Any]) -> None:
+    """Frames that do not fit into one slot go on in the next, while the guest stays paused."""
+    slot = 4 << 20
+    settings = {
+        "epoch": {"length_ms": 100, "verify_every": 2},
+        "staging": {"slot_mib": slot >> 20, "slots": 2},
+        # With the bitmap, dirty pages are counted, and the epoch would end before they are so many.
+        "machine": {"dirty_ring_size": 65536},
+    }
+    pair: Pair = await start_pair(await bare_guest("kvm", pages=3000, rounds_per_second=20), settings)
+    await wait_committed(pair.primary, 20)
+    size = await metric(pair.primary, "ftd_epoch_frame_bytes_sum")
+    assert size / await metric(pair.primary, "ftd_epoch_frame_bytes_count") > slot, "one slot was enough"
+    assert await metric(pair.backup, "ftd_epochs_verified_total") >= 5
+    assert await metric(pair.backup, "ftd_verify_differing_pages_total") == 0
+    committed = (await pair.primary.status())["epoch"]["committed"]
+    pair.kill_primary_host()
+    await assert_takeover(pair, "silence", committed=committed)
+    await assert_bare_guest_goes_on(pair.backup)
+
+
 async def test_linux_guest_is_equal_for_500_epochs_and_taken_over(start_pair: Callable[..., Any]) -> None:
     """Under TCG, with its dirtier on and requests all the time."""
     guest = await linux_guest(dirty_pages_per_second=2000, dirty_pages=1024)

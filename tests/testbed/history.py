@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-Kind = Literal["increment", "read"]
+Kind = Literal["increment", "read", "write"]  # write: of something else than the counter
 
 
 @dataclass(frozen=True)
