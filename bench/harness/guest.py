@@ -142,7 +142,8 @@ async def make_staging(monitor: Monitor, pages: int, slots: int = 2) -> Staging:
     """Slots that hold so many pages each."""
     status = await monitor.execute("query-x-ft")
     memory = sum(block["max-length"] for block in status["blocks"])
-    return Staging(slots, slot_size(pages * PAGE_SIZE, memory))
+    # Where KVM emulates the guest's code, a ring may overflow, and then all memory counts as dirty.
+    return Staging(slots, slot_size(max(pages * PAGE_SIZE, memory), memory))
 
 
 @contextlib.asynccontextmanager
