@@ -353,7 +353,12 @@ class Backup:
         self, loss: _Loss, qemu: QemuProcess, shadow: Shadow, generation: int
     ) -> TakenOver | str | None:
         report = self._report
-        _log.warning("the primary is lost", trigger=loss.trigger, detail=loss.detail)
+        _log.warning(
+            "the primary is lost",
+            trigger=loss.trigger,
+            detail=loss.detail,
+            applied_ms=round((time.monotonic() - loss.decided) * 1000, 1),
+        )
         refusal = shadow.takeover_refusal()
         if refusal is None:
             refusal = await self._arbiter.refusal_to_advance(generation)
@@ -376,7 +381,8 @@ class Backup:
             return f"it did not take the state of epoch {epoch}: {friendly(error)}"
         report.set_generation(generation + 1)
         report.committed = epoch
-        report.qemu = report.qemu.model_copy(update={"running": True})
+        status = await qemu.monitor.execute("query-status")
+        report.qemu = report.qemu.model_copy(update={"running": status["running"]})
         detection = max(0.0, loss.decided - loss.heard)
         activation = running - loss.decided
         report.took_over(

@@ -4,8 +4,8 @@
     GET  /status   everything, as JSON (ftd/status.py)
     GET  /metrics  for Prometheus (ftd/metrics.py)
     GET  /healthz  200 while the process is alive and its event loop on time; 503: a restart would help
-    GET  /readyz   200 while the guest is protected, or alone by intent; 503 says why not POST /verify
-    compare all memory at the next epoch's end and answer with the result
+    GET  /readyz   200 while the guest is protected, or alone by intent; 503 says why not
+    POST /verify   compare all memory at the next epoch's end and answer with the result
 
 A failure is JSON: {"error": "one line"}. There are no passwords here: by default it listens on this host
 only, and everything but /verify only reads.

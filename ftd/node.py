@@ -19,7 +19,7 @@ from ftd.arbiter import NoArbiter
 from ftd.backup import Backup, TakenOver
 from ftd.config import Config
 from ftd.durable import Durable, Memory
-from ftd.errors import FtdError, HostError, friendly
+from ftd.errors import FtdError, HostError, QemuDied, QemuError, friendly
 from ftd.link import LinkOptions
 from ftd.messages import HeartbeatSettings
 from ftd.metrics import Metrics
@@ -49,6 +49,8 @@ class Node:
         self._role = role
         self._durable = Durable(config.node.state_folder)
         self._report = Report(config, Metrics(), role)
+        # It took over, and serves alone by intent until there is a backup.
+        self._report.solo_intended = role != config.node.role
         self._primary: Primary | None = None
         self._notifier = Notifier.from_environment()
         self._report.machine.listen(self._tell_systemd)
@@ -102,7 +104,11 @@ class Node:
     async def _run_backup(self, options: LinkOptions) -> int:
         backup = Backup(self._config, self._report, options, NoArbiter())
         self._notifier.ready("backup: waiting for a primary")
-        outcome = await backup.run()
+        try:
+            outcome = await backup.run()
+        except QemuDied as error:
+            # A shadow's QEMU, not a guest's: to start again is right, unlike what the error's code says.
+            raise QemuError(str(error)) from None
         if not isinstance(outcome, TakenOver):
             return 0
         self._remember(outcome.generation)
@@ -189,14 +195,15 @@ async def _role(config: Config) -> Role:
 
     A shadow that an earlier daemon left waiting is ended: what it held is not known to be whole.
     """
-    if config.node.role == "primary" or not is_running(config):
+    if not is_running(config):
         return config.node.role
     found = await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
     status = await found.monitor.execute("query-status")
     if status["status"] == "inmigrate":
         _log.warning("ending a shadow that an earlier daemon left behind", pid=found.pid)
         await found.kill()
-        return "backup"
-    _log.warning("the guest runs here since a takeover: this node is the primary", pid=found.pid)
+        return config.node.role
     await found.detach()
+    if config.node.role == "backup":
+        _log.warning("the guest runs here since a takeover: this node is the primary", pid=found.pid)
     return "primary"

@@ -191,7 +191,7 @@ class Primary:
             pid=self._guest.pid,
             version=self._description.qemu_version,
             accelerator=self._description.accelerator,
-            running=True,
+            running=(await monitor.execute("query-status"))["running"],
         )
         told = ""
         while not self._over:

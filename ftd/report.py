@@ -43,6 +43,7 @@ class Report:
         self.committed = 0
         self.in_flight_bytes = 0
         self.qemu = QemuStatus()
+        self.solo_intended = False
         self.peer_name = ""
         self.peer_connected = False
         self.heartbeat_age: Callable[[], float | None] = lambda: None
@@ -234,6 +235,7 @@ class Report:
             role=self.machine.role,
             state=self.machine.state,
             reason=self.machine.reason,
+            solo_intended=self.solo_intended,
             state_seconds=now - self._moved,
             uptime=now - self._started,
             generation=self.generation,

@@ -125,7 +125,7 @@ MOVES: tuple[Row, ...] = (
     *_rows(
         "primary",
         PairState.HELD,
-        (PairState.SOLO, "the arbiter gave the authority to go on alone"),
+        (PairState.SOLO, "the authority to go on alone is certain: the arbiter or an operator gave it"),
         (PairState.SYNCING, "the same backup is back and nobody has taken over: the copy begins anew"),
         (PairState.STOPPED, "the other side has the authority, or the guest ended"),
     ),

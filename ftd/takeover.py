@@ -35,20 +35,21 @@ async def start_shadow(monitor: Monitor, shadow: Shadow, nics: Sequence[Nic]) ->
     refusal = shadow.takeover_refusal()
     if refusal is not None:
         raise TakeoverRefused(f"takeover refused: {refusal}")
+    began = time.monotonic()
+    # Beside the loading: it waits for a lock that everybody on this host takes who changes a network.
+    connected = asyncio.ensure_future(_connect(nics))
     fd = await asyncio.to_thread(shadow.load_image)
+    imaged = time.monotonic()
     try:
         await monitor.send_descriptor("ftd-load", fd)
     finally:
         os.close(fd)
     loaded = await monitor.execute("x-ft-load", fd="ftd-load")
-    try:
-        tap.switch(nics, up=True)
-    except HostError as error:
-        # A guest that nobody reaches is still one that an operator can connect again.
-        _log.error("the guest starts without its network", error=friendly(error))
+    filled = time.monotonic()
     if loaded["run-state"] == "running":
         await monitor.execute("cont")
     running = time.monotonic()
+    await connected
     await monitor.execute("announce-self", **ANNOUNCE)
     _log.info(
         "shadow started",
@@ -56,5 +57,16 @@ async def start_shadow(monitor: Monitor, shadow: Shadow, nics: Sequence[Nic]) ->
         device_bytes=loaded["device-bytes"],
         pages=loaded["pages"],
         run_state=loaded["run-state"],
+        image_ms=round((imaged - began) * 1000, 1),
+        load_ms=round((filled - imaged) * 1000, 1),
+        start_ms=round((running - filled) * 1000, 1),
     )
     return running
+
+
+async def _connect(nics: Sequence[Nic]) -> None:
+    try:
+        await asyncio.to_thread(tap.switch, nics, up=True)
+    except HostError as error:
+        # A guest that nobody reaches is still one that an operator can connect again.
+        _log.error("the guest runs without its network", error=friendly(error))
