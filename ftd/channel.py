@@ -67,6 +67,16 @@ def tune(sock: socket.socket, *, user_timeout_seconds: float, urgent: bool) -> N
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 6)  # TC_PRIO_INTERACTIVE
 
 
+def prefer_this_thread() -> None:
+    """Let the calling thread run before everything else that wants a processor, like the event loop's.
+
+    For threads that carry what clients wait for. Real-time, since niceness does not count between sessions
+    (autogroups). Where that is not allowed, nothing: the node has said so.
+    """
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+
+
 def shut(sock: socket.socket) -> None:
     """Shut a connection in both directions, which wakes a thread that is blocked on it.
 

@@ -44,6 +44,14 @@ SMALL_ENOUGH = 0.25  # of a slot
 # that stands still lets it pass.
 PAUSE_LIMIT_MS = 2000
 
+# Timers of asyncio are up to a millisecond late, since epoll counts in milliseconds: with this, an epoch is
+# as long as configured on average.
+TIMER_LATENESS = 0.0005
+
+# A checkpoint's account is kept this much later: first the sender's thread needs the interpreter, and clients
+# wait for what it sends.
+ACCOUNT_AFTER = 0.002
+
 # Dirty pages that make an epoch end early, as a share of what a slot holds: a frame of one part is the
 # shortest pause.
 PRESSURE = 0.75
@@ -102,6 +110,7 @@ class Protection:
         self.committed = False
         self._release: int | None = None  # eventfd: QEMU releases as many epochs as are added to it
         self._acknowledged: dict[int, int] = {}  # when epochs were, monotonic ns
+        self._over = False
         self._verify_next = False
         self._verifying: dict[int, asyncio.Future[VerifyReport]] = {}
 
@@ -214,12 +223,16 @@ class Protection:
 
         Returns when the next epoch began.
         """
-        deadline = began + self._report.configured_epoch
-        while not self._pressure and (remaining := deadline - time.monotonic()) > 0:
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(remaining):
-                    await self._changed.wait()
+        loop = asyncio.get_running_loop()
+        deadline = began + self._report.configured_epoch - TIMER_LATENESS
+        timer = loop.call_at(deadline, self._changed.set)
+        try:
+            # asyncio may call a moment early, by what it takes for the clock's resolution.
+            while not self._pressure and deadline - loop.time() > 1e-6:
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            timer.cancel()
         if not self._has_room():
             self._report.metrics.epochs_stretched.inc()
             await self._wait_for(self._has_room)
@@ -255,9 +268,8 @@ class Protection:
             if part["complete"]:
                 break
         pause["total-ns"] = part["pause"]["total-ns"]
-        self._report.pause(pause)
-        self._on_output(part["output"])
-        self._report.metrics.observe_frame(pages, size)
+        loop = asyncio.get_running_loop()
+        loop.call_later(ACCOUNT_AFTER, self._keep_account, pause, part["output"], pages, size)
         if digest and self._verify_next:
             self._verify_next = False
             self._verifying[epoch] = self._verifying.pop(-1)
@@ -265,6 +277,14 @@ class Protection:
         self._report.begin_epoch(self._epoch)
         self._session.set_beat(self._report.machine.state.value, self._report.committed)
         return resumed
+
+    def _keep_account(
+        self, pause: Mapping[str, int], output: Mapping[str, Any], pages: int, size: int
+    ) -> None:
+        self._report.pause(pause)
+        self._report.metrics.observe_frame(pages, size)
+        if not self._over:
+            self._on_output(output)
 
     async def _gather(self, command: str, slot: Slot, **arguments: Any) -> Mapping[str, Any]:
         """Have QEMU fill a slot. If it fails, the slot is given back."""
@@ -400,6 +420,7 @@ class Protection:
             if not result.done():
                 result.set_exception(ProtectionLost("protection ended first", resync=False, aborted="link"))
                 result.exception()  # somebody may have stopped waiting
+        self._over = True
         self._report.set_in_flight(0)
         if self._qemu_died:
             # Whether that is a loss or a shutdown is for the primary to tell the backup, over this session.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from ftd import log
 from ftd.assembly import Frame, FrameAssembler
+from ftd.channel import prefer_this_thread
 from ftd.errors import FrameError, FtdError, friendly
 from ftd.frame import PAGE_SIZE, Part, PartBuffer, PartBufferPool
 from ftd.link import Session
@@ -115,7 +116,6 @@ class Receiver:
         del view
         syncing = self._assembler.syncing
         result = self._assembler.feed(part)
-        self._call(self._on_received, size)
         if isinstance(result, Frame):
             self._shadow.check(result)
             self._session.post(
@@ -129,8 +129,12 @@ class Receiver:
             # In this order: a takeover that begins now waits for the queue, and finds the frame there.
             self._queue.put(result)
             self._call(self._on_committed, Committed(result.epoch, result.nbytes, syncing))
+            if syncing:
+                prefer_this_thread()  # from now on the primary's clients wait for what this thread does
         elif result is not None:
             self._queue.put(result)
+        # Last: it wakes the event loop, which then competes with this thread for the interpreter.
+        self._call(self._on_received, size)
 
     # ---- applier thread -----------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ import queue
 import threading
 from collections.abc import Callable
 
+from ftd.channel import prefer_this_thread
 from ftd.errors import FtdError
-from ftd.frame import parse_header, wire_views
+from ftd.frame import Kind, parse_header, wire_views
 from ftd.link import Session
 from ftd.staging import Slot, Staging
 
@@ -41,12 +42,18 @@ class Sender:
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        broken = False
+        broken = preferred = False
         while (slot := self._queue.get()) is not None:
             size = 0
             if not broken:
                 try:
-                    views = wire_views(slot.view, parse_header(slot.view, limit=1 << 62))
+                    header = parse_header(slot.view, limit=1 << 62)
+                    if header.kind is Kind.CHECKPOINT and not preferred:
+                        # The first copy may take its time, the guest comes before it. From now on clients
+                        # wait.
+                        prefer_this_thread()
+                        preferred = True
+                    views = wire_views(slot.view, header)
                     size = self._session.send_part(views)
                 except FtdError:
                     # The session tells everybody; slots still have to come back.

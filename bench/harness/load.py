@@ -7,8 +7,8 @@ answers where they arrive. Each line on standard input is one order, a JSON obje
 
     {"order": "latency", "seconds": S, "think": T}   one request at a time on one connection, and between an
                                                      answer and the next request a random time from 0 to T
-    {"order": "throughput", "seconds": S, "warm": W} all connections, each with WINDOW requests under way; what
-                                                     happens in the first W seconds does not count
+    {"order": "throughput", "seconds": S, "warm": W} all connections, each with WINDOW requests under way;
+                                                     the first W seconds do not count
     {"order": "ceiling", "seconds": S}               the same against a server that does nothing: what this
                                                      process could take
     {"order": "counter"}                             the guest's counter, which must have grown by `answered`
@@ -32,13 +32,14 @@ CONNECTIONS = 16
 # answers and the guest for requests: 4096 under way are 40,000 a second with epochs of 100 ms.
 WINDOW = 256
 CEILING_WARM_S = 0.1
-PATIENCE_S = 30.0
-TRY_S = 0.3
+PATIENCE_S = 60.0
+TRY_S = 1.0
 
 REQUEST = b"POST /increment HTTP/1.1\r\nHost: guest\r\n\r\n"
 # As long as those of the guest.
 ANSWER = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 7\r\nConnection: keep-alive\r\n\r\n100000\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 7\r\n"
+    b"Connection: keep-alive\r\n\r\n100000\n"
 )
 END_OF_HEAD = b"\r\n\r\n"
 
