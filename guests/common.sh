@@ -58,3 +58,45 @@ point() {
     ln -sfn "$(basename "$1")" "$temporary"
     mv -Tf "$temporary" "$2"
 }
+
+# ---- Debian packages, fetched as the machine's apt is configured, and not installed ----
+# Before any of these: $work is a folder of the build's own.
+
+apt_options=()
+if [ "$(id -u)" = 0 ]; then
+    # The private folder cannot be entered by the user that apt would change to.
+    apt_options=(-o APT::Sandbox::User=root)
+fi
+
+# Package lists of our own, fetched from the sources this machine is configured with.
+refresh_lists() {
+    say "fetching package lists"
+    mkdir -p "$work/apt/lists/partial"
+    apt_options+=(-o "Dir::State::lists=$work/apt/lists"
+                  -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache=")
+    apt-get -q "${apt_options[@]}" update >&2
+}
+
+# with_version PACKAGE...: prints "package=version" of each, or fails when one cannot be had.
+with_version() {
+    # One call for all of them, since each takes a second. A package that is not known has no lines.
+    apt-cache "${apt_options[@]}" policy "$@" | awk -v wanted=$# '
+        /^[^ ].*:$/ { package = substr($1, 1, length($1) - 1) }
+        /^ *Candidate: / && $2 != "(none)" { print package "=" $2; found++ }
+        END { exit found != wanted }'
+}
+
+# download PACKAGE=VERSION...: their .deb files, into $work.
+download() {
+    say "downloading $*"
+    _download() {
+        (cd "$work" && apt-get -q "${apt_options[@]}" download "$@" >&2)
+    }
+    _download "$@" || { refresh_lists && _download "$@"; } || fail "cannot download $*; try again after apt-get update"
+}
+
+# archive FOLDER: prints it as an initramfs, the same one for the same files.
+archive() {
+    (cd "$1" && find . -exec touch -h -d @0 {} + && find . | LC_ALL=C sort |
+        cpio --quiet --reproducible -R 0:0 -o -H newc)
+}

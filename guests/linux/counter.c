@@ -106,7 +106,7 @@ static void do_index(char *query, struct answer *reply)
 {
     (void)query;
     answer(reply, 200, "ftd test guest: /counter /increment /status /dirtier /verify "
-           "/sequence, POST /poweroff /reboot /panic\n");
+           "/sequence /flood, POST /poweroff /reboot /panic\n");
 }
 
 static void do_counter(char *query, struct answer *reply)
@@ -134,7 +134,9 @@ static void do_status(char *query, struct answer *reply)
            "\"dirty_pages_per_second\": %" PRIu64 ", \"dirty_pages\": %" PRIu64 ", "
            "\"dirty_pattern\": \"%s\", \"dirty_written\": %" PRIu64 ", "
            "\"dirty_verified\": %" PRIu64 ", \"dirty_mismatches\": %" PRIu64 ", "
-           "\"verify_asked\": %" PRIu64 ", \"verify_done\": %" PRIu64 "}\n",
+           "\"verify_asked\": %" PRIu64 ", \"verify_done\": %" PRIu64 ", "
+           "\"flood_asked\": %" PRIu64 ", \"flood_done\": %" PRIu64 ", "
+           "\"flood_sent\": %" PRIu64 ", \"flood_errors\": %" PRIu64 "}\n",
            counter, state->sequence, (clock_ns(CLOCK_MONOTONIC) - started_ns) / 1e9,
            clock_ns(CLOCK_MONOTONIC), clock_ns(CLOCK_REALTIME),
            state->clock_backwards, state->sequence_interval_ms,
@@ -142,7 +144,8 @@ static void do_status(char *query, struct answer *reply)
            state->wanted_pages_per_second, state->pages,
            state->wanted_random ? "random" : "sequential", state->pages_written,
            state->pages_verified, state->mismatches,
-           state->verify_asked, state->verify_done);
+           state->verify_asked, state->verify_done,
+           state->flood_asked, state->flood_done, state->flood_sent, state->flood_errors);
 }
 
 static void do_dirtier(char *query, struct answer *reply)
@@ -172,6 +175,32 @@ static void do_verify(char *query, struct answer *reply)
 {
     (void)query;
     answer(reply, 200, "%" PRIu64 "\n", ++state->verify_asked);
+}
+
+static void do_flood(char *query, struct answer *reply)
+{
+    uint64_t datagrams = 0, bytes = 1400, port = 7001;
+    char *to = strstr(query, "to=");
+    char text[16] = "";
+    struct in_addr address;
+
+    if (!number(query, "datagrams", 0, UINT64_MAX, &datagrams, reply) ||
+        !number(query, "bytes", 8, 1472, &bytes, reply) ||
+        !number(query, "port", 1, 65535, &port, reply))
+        return;
+    if (datagrams && (!to || sscanf(to, "to=%15[0-9.]", text) != 1 || inet_aton(text, &address) == 0)) {
+        answer(reply, 400, "to must be the IPv4 address that is flooded\n");
+        return;
+    }
+    if (datagrams) {
+        state->flood_address = address.s_addr;
+        state->flood_port = htons(port);
+        state->flood_bytes = bytes;
+    }
+    state->flood_wanted = datagrams;
+    if (datagrams)
+        state->flood_asked++;
+    answer(reply, 200, "%" PRIu64 "\n", state->flood_asked);
 }
 
 static void do_sequence(char *query, struct answer *reply)
@@ -240,6 +269,7 @@ static const struct request {
     { "/dirtier", false, do_dirtier },
     { "/verify", false, do_verify },
     { "/sequence", false, do_sequence },
+    { "/flood", false, do_flood },
     { "/poweroff", true, do_poweroff },
     { "/reboot", true, do_reboot },
     { "/panic", true, do_panic },

@@ -23,6 +23,18 @@ struct state {
     volatile uint64_t wanted_random;
     volatile uint64_t verify_asked;
 
+    /* Wishes to the flooder: a new number in flood_asked starts a flood, none wanted ends it. */
+    volatile uint64_t flood_asked;
+    volatile uint64_t flood_wanted;
+    volatile uint64_t flood_bytes;
+    volatile uint32_t flood_address;        /* as in struct in_addr */
+    volatile uint16_t flood_port;           /* in network order */
+
+    /* Written by flooder. */
+    volatile uint64_t flood_done;
+    volatile uint64_t flood_sent;
+    volatile uint64_t flood_errors;
+
     /* Written by dirtier. */
     volatile uint64_t pages;
     volatile uint64_t pages_written;

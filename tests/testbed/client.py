@@ -111,7 +111,15 @@ async def count(
     connection.abandon()
 
 
-async def stream(address: str, port: int, out: TextIO, stop: asyncio.Event, *, interval_s: float) -> None:
+async def stream(
+    address: str,
+    port: int,
+    out: TextIO,
+    stop: asyncio.Event,
+    *,
+    interval_s: float,
+    timeout_s: float = REQUEST_TIMEOUT_S,
+) -> None:
     """Numbered lines over one connection; ends at the first error."""
     reader, writer = await asyncio.open_connection(address, port)
     number = 0
@@ -120,7 +128,7 @@ async def stream(address: str, port: int, out: TextIO, stop: asyncio.Event, *, i
         start = time.monotonic_ns()
         value = error = None
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 writer.write(f"line-{number}\n".encode())
                 await writer.drain()
                 text, _, told = (await reader.readuntil(b"\n")).decode().strip().rpartition(" ")
@@ -232,7 +240,9 @@ async def _main(options: argparse.Namespace) -> None:
         interval_s = options.interval or 0.005
         match options.probe:
             case "stream":
-                await stream(options.address, port, out, stop, interval_s=interval_s)
+                await stream(
+                    options.address, port, out, stop, interval_s=interval_s, timeout_s=options.timeout
+                )
             case "udp":
                 await udp(options.address, port, out, stop, interval_s=interval_s)
             case "ping":
@@ -250,7 +260,7 @@ def main() -> None:
         "--interval", type=float, default=0.0, help="seconds from an answer to the next request"
     )
     parser.add_argument("--duration", type=float, default=0.0, help="seconds; default: until a signal")
-    parser.add_argument("--timeout", type=float, default=REQUEST_TIMEOUT_S, help="seconds for an HTTP answer")
+    parser.add_argument("--timeout", type=float, default=REQUEST_TIMEOUT_S, help="seconds for an answer")
     parser.add_argument("--reconnect", action="store_true", help="go on after an error, on a new connection")
     asyncio.run(_main(parser.parse_args()))
 

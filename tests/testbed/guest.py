@@ -14,18 +14,24 @@ from testbed.hosts import GUEST_ADDRESS, GUEST_MAC, Host, TestbedError
 ROOT = Path(__file__).parents[2]
 KVM = Path("/dev/kvm")
 
+# Even with nothing to do, a build asks apt for the newest package, which takes a second or more.
+_built: dict[str, Path] = {}
+
 
 async def build(script: str) -> Path:
-    """Run a build script of this repository, quick when there is nothing to do; returns the folder it prints.
+    """Run a build script of this repository, once in this process's life; returns the folder it prints.
 
     `script` is relative to the repository: guests/linux/build, guests/bare/build, scripts/build-qemu.
     """
+    if script in _built:
+        return _built[script]
     process = await asyncio.create_subprocess_exec(ROOT / script, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     lines = out.decode().split("\n")
     if process.returncode != 0 or not any(lines):
         raise TestbedError(f"{script} failed, see above")
-    return Path([line for line in lines if line][-1])
+    _built[script] = Path([line for line in lines if line][-1])
+    return _built[script]
 
 
 def hardware_virtualisation() -> bool:

@@ -214,7 +214,7 @@ def _parse(lines: list[str]) -> Iterator[Request]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A probe (line of a stream, datagram, ping) and its answer; `number` is the client's own count from 1."""
+    """A probe (line of a stream, datagram, ping) and its answer; `number`: the client's own count from 1."""
 
     probe: Literal["stream", "udp", "ping"]
     number: int

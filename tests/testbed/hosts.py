@@ -37,6 +37,7 @@ from testbed.namespaces import NAMESPACES, call_in_namespace
 
 NET = "10.77.0"
 LINK = "10.78.0"
+SEGMENTS = ("net", "link")
 GUEST_ADDRESS = f"{NET}.100"
 CLIENT_ADDRESS = f"{NET}.200"
 GUEST_MAC = "52:54:00:f7:d0:01"
@@ -240,10 +241,12 @@ class Node:
     def _plug(self, segment: str, interface: str) -> None:
         switch = self.network.namespace("switch")
         port = f"{segment}-{self.name}"
+        # A host that boots again has the network card that it had: others remember its address for a minute.
+        mac = f"02:f7:d0:00:{SEGMENTS.index(segment):02x}:{self.number:02x}"
         _batch(
             switch,
             [
-                f"link add {port} type veth peer name {interface} netns {self.namespace}",
+                f"link add {port} type veth peer name {interface} address {mac} netns {self.namespace}",
                 f"link set {port} master br-{segment}",
                 f"link set {port} up",
             ],

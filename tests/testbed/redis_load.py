@@ -19,10 +19,12 @@ from typing import TextIO
 
 import redis
 import redis.asyncio
+import redis.retry
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from testbed.client import REQUEST_TIMEOUT_S, CounterClient
+from testbed.guest import Guest, build
 from testbed.history import History, Request
 from testbed.hosts import Node
 from testbed.namespaces import in_namespace
@@ -106,11 +108,21 @@ def _compare(address: str, writes: Sequence[Request]) -> tuple[int, list[str]]:
         return int(client.get(COUNTER) or 0), problems
 
 
+async def redis_guest() -> Guest:
+    """The Linux guest with Redis, under TCG."""
+    folder = await build("guests/redis/build")
+    return Guest("linux", "tcg", "asked for", folder, memory_mib=128, options={"redis": "1"})
+
+
 async def wait_redis(node: Node, address: str, timeout_s: float) -> None:
     """Wait until the server answers."""
 
     def pings() -> bool:
-        with contextlib.suppress(redis.RedisError), redis.Redis(host=address, socket_timeout=2) as client:
+        never = redis.retry.Retry(NoBackoff(), 0)
+        with (
+            contextlib.suppress(redis.RedisError),
+            redis.Redis(host=address, socket_timeout=5, retry=never) as client,
+        ):
             return bool(client.ping())
         return False
 

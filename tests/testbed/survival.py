@@ -7,11 +7,12 @@ Called by scripts/soak, which prepares everything. A seed decides everything tha
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,7 +20,7 @@ from typing import Any, Literal, Self
 from rich.console import Console as Screen
 from rich.table import Table
 
-from testbed.client import CounterClient, read_counter
+from testbed.client import REQUEST_TIMEOUT_S, CounterClient, read_counter
 from testbed.guarded import console_faults, defects, linux_guest, wait_ready
 from testbed.guest import Guest, build
 from testbed.history import History, as_reads, stream_problems, value_problems
@@ -71,10 +72,12 @@ class Plan:
 class Clients:
     """Clients of every kind, all at once: increments, a numbered stream, datagrams and pings."""
 
-    def __init__(self, node: Node, folder: Path, *, connections: int = 4, **counting: Any) -> None:
+    def __init__(self, node: Node, folder: Path, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self.node = node
-        self.count = CounterClient(node, folder / "count", connections=connections, **counting)
-        self.stream = CounterClient(node, folder / "stream", probe="stream", interval_s=0.002)
+        self.count = CounterClient(node, folder / "count", connections=4, timeout_s=timeout_s)
+        self.stream = CounterClient(
+            node, folder / "stream", probe="stream", interval_s=0.002, timeout_s=timeout_s
+        )
         self.udp = CounterClient(node, folder / "udp", probe="udp", interval_s=0.002)
         self.ping = CounterClient(node, folder / "ping", probe="ping", interval_s=0.02)
         self.all = (self.count, self.stream, self.udp, self.ping)
@@ -171,22 +174,30 @@ async def survive(pair: Pair, plan: Plan) -> Outcome:
 # ---- many of them -----------------------------------------------------------------------------------------
 
 
-async def _one(plan: Plan, qemu: Path) -> dict[str, Any]:
-    async with TestNetwork() as network:
-        pair = Pair(network, await plan.guest(), qemu, {**plan.settings, "heartbeat": PATIENT})
+@contextlib.asynccontextmanager
+async def protected_pair(
+    guest: Guest, qemu: Path, settings: dict[str, dict[str, Any]]
+) -> AsyncIterator[Pair]:
+    """A pair on hosts of its own whose guest is protected."""
+    async with TestNetwork() as network, contextlib.AsyncExitStack() as stack:
+        pair = Pair(network, guest, qemu, {"heartbeat": PATIENT, **settings})
+        stack.push_async_callback(pair.close)
         await pair.prepare()
-        try:
-            await pair.backup.start()
-            await wait_ready(pair.backup)
-            await pair.primary.start()
-            await pair.wait_protected()
+        await pair.backup.start()
+        await wait_ready(pair.backup)
+        await pair.primary.start()
+        await pair.wait_protected()
+        yield pair
+
+
+async def _one(plan: Plan, qemu: Path) -> dict[str, Any]:
+    try:
+        async with protected_pair(await plan.guest(), qemu, plan.settings) as pair:
             outcome = await survive(pair, plan)
             outcome.problems += defects(pair.primary) + defects(pair.backup)
             return outcome.told()
-        except (TestbedError, TimeoutError) as error:
-            return {**asdict(plan), "problems": [f"{type(error).__name__}: {error}"]}
-        finally:
-            await pair.close()
+    except (TestbedError, TimeoutError) as error:
+        return {**asdict(plan), "problems": [f"{type(error).__name__}: {error}"]}
 
 
 COLUMNS = ("seed", "kill", "epoch", "moment", "trigger", "takeover", "gap", "answers", "problems")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftd import cli, config
+from ftd import cli, config, errors
 from ftd.metrics import Metrics
 from ftd.state import PairState
 
@@ -201,6 +201,34 @@ def test_every_alert_has_its_runbook():
     alerts = re.findall(r"- alert: (\w+)", (ROOT / "configs/alerts.example.yml").read_text(encoding="utf-8"))
     assert alerts
     assert {name.lower() for name in alerts} <= anchors(ROOT / "docs/runbooks.md")
+
+
+# ---- exit codes, units, modules ---------------------------------------------------------------------------
+
+
+def exit_codes() -> set[int]:
+    classes = [each for each in vars(errors).values() if isinstance(each, type)]
+    return {each.exit_code for each in classes if issubclass(each, errors.FtdError)}
+
+
+def test_every_exit_code_is_explained_and_whether_the_units_start_the_daemon_again():
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    table = {int(code): again for code, again in re.findall(r"(?m)^\| (\d+) \| .* \| (\w+)[^|]* \|$", text)}
+    assert exit_codes() <= set(table)
+    for role in ("primary", "backup"):
+        unit = (ROOT / f"systemd/ftd-{role}@.service").read_text(encoding="utf-8")
+        never = re.search(r"(?m)^RestartPreventExitStatus=(.*)$", unit)
+        assert never
+        assert {code for code, again in table.items() if again == "no"} - {0} == set(
+            map(int, never[1].split())
+        )
+
+
+def test_every_module_is_named_in_the_architecture():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tree = text.partition("## Modules")[2].partition("\n## ")[0]
+    modules = {path.stem for path in ROOT.glob("ftd/*.py")} - {"__init__", "__main__"}
+    assert modules - set(re.findall(r"\w+", tree)) == set()
 
 
 # ---- what must not be in a document -----------------------------------------------------------------------

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from testbed.history import History, Kind, Request, Sample, read_samples, stream_problems, value_problems
+from testbed.history import (
+    History,
+    Kind,
+    Request,
+    Sample,
+    as_reads,
+    read_samples,
+    stream_problems,
+    value_problems,
+)
 
 MS = 1_000_000
 
@@ -155,3 +164,16 @@ def test_stream_and_datagrams(tmp_path: Path) -> None:
     path = tmp_path / "samples"
     path.write_text("".join(each.line() + "\n" for each in stream))
     assert read_samples(path) == stream
+
+
+def test_datagrams_are_judged_with_the_increments() -> None:
+    ahead = [Sample("udp", 1, 20, 25, value=9), Sample("stream", 1, 20, 25, value=1)]
+    increments = (
+        Request("increment", 0, 1, 0, 5, value=7),
+        Request("increment", 0, 1, 30, 35, value=8),  # the datagram knew 9 before
+    )
+    assert History(increments).problems() == []
+    assert History((*increments, *as_reads(ahead[1:]))).problems() == []
+    assert History((*increments, *as_reads(ahead))).problems() == ["value 8 at 30 after 9 at 25"]
+    behind = [Sample("udp", 1, 40, 45, value=7)]
+    assert History((*increments, *as_reads(behind))).lost() == 1
