@@ -18,6 +18,32 @@ ROOM = 256 << 20
 KEPT = 96  # bytes of each frame
 
 
+def _stamp(extra: list[tuple[int, int, bytes]]) -> int:
+    """The kernel's time of a message, in nanoseconds of the time of day."""
+    for _, kind, value in extra:
+        if kind == SO_TIMESTAMPNS:
+            seconds, nanoseconds = struct.unpack("qq", value)
+            return int(seconds) * 1_000_000_000 + int(nanoseconds)
+    raise OSError("the kernel tells no time of a message")
+
+
+def _wait_until_stamped() -> None:
+    """Wait until the kernel notes times on arrival.
+
+    It begins to do so a moment after the first socket wants it. Of what arrives before, the time is that at
+    which it is read.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        probe.bind(("127.0.0.1", 0))
+        probe.settimeout(5)
+        while True:
+            probe.sendto(b"", probe.getsockname())
+            sent = time.time_ns()
+            if _stamp(probe.recvmsg(1, 128)[1]) <= sent:
+                return
+
+
 class Capture:
     """Records frames that come in at an interface from `mac`, as a context manager.
 
@@ -32,6 +58,7 @@ class Capture:
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, ROOM)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         self._socket.settimeout(0.1)
+        _wait_until_stamped()
         self._socket.bind((interface, ETH_P_ALL))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._record, name=f"capture-{interface}")
@@ -47,10 +74,7 @@ class Capture:
             return
         # The kernel tells the time of day; the two clocks do not drift apart while a frame waits here.
         offset = time.monotonic_ns() - time.time_ns()
-        for _, kind, value in extra:
-            if kind == SO_TIMESTAMPNS:
-                seconds, nanoseconds = struct.unpack("qq", value)
-                self.frames.append((seconds * 1_000_000_000 + nanoseconds + offset, data))
+        self.frames.append((_stamp(extra) + offset, data))
 
     def missed(self) -> int:
         """How many frames the kernel had no room for, since this was asked last."""
