@@ -251,11 +251,14 @@ class Protection:
         size = pages = 0
         pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 0)
         self._pressure = False
-        resumed = 0.0
+        asked = None
         while True:
             slot = await self._free_slot()
+            asked = asked or time.monotonic()
             part = await self._gather("x-ft-checkpoint", slot, digest=digest)
-            resumed = time.monotonic() - float(part["checksum-ns"]) / 1e9
+            # Not when the answer is seen: it waits for the checksums, and for its turn here, which would make
+            # each epoch longer than it should be.
+            resumed = asked + float(part["pause"]["total-ns"]) / 1e9
             size += part["slot-bytes"]
             pages += part["pages"]
             for name in pause:
