@@ -215,6 +215,9 @@ class Pair:
         for settings in (self.settings, self.backup_settings if role == "backup" else {}):
             for name, table in settings.items():
                 tables[name] = {**tables.get(name, {}), **table}
+        if tables["link"].get("insecure"):
+            for key in ("certificate", "key", "authority"):
+                del tables["link"][key]
         return tables
 
     async def prepare(self) -> None:
