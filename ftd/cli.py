@@ -283,10 +283,20 @@ def _status_lines(status: Status) -> Iterator[tuple[str, str]]:
         yield "copy", f"took {seconds_text(status.sync.seconds)}"
     yield "epoch", f"{epoch.current} running, {epoch.committed} committed, {epoch.aborted} aborted"
     stretched = f", stretched {epoch.stretch:.1f} ×" if epoch.stretch > 1.01 else ""
-    yield "epoch length", f"{seconds_text(epoch.length)}{stretched}"
+    chosen = f", aims at {seconds_text(epoch.target)}, decided by {epoch.decided_by}"
+    yield "epoch length", f"{seconds_text(epoch.length)}{stretched}{chosen if epoch.mode == 'auto' else ''}"
+    if epoch.slowdown is not None and epoch.added_latency is not None:
+        latency = seconds_text(epoch.added_latency)
+        yield "cost", f"guest paused {epoch.slowdown:.1%} of its time, output waits up to {latency}"
     if pause.p50 is not None and pause.p99 is not None:
         yield "pause", f"p50 {seconds_text(pause.p50)}, p99 {seconds_text(pause.p99)} (last {pause.count})"
-    yield "in flight", bytes_text(status.in_flight_bytes)
+    several = f" in {epoch.in_flight} frames" if epoch.in_flight else ""
+    yield "in flight", f"{bytes_text(status.in_flight_bytes)}{several}"
+    early = status.speculation
+    if early.mode != "off":
+        again = f", {early.pages_again / early.pages:.0%} of the pages in vain" if early.pages else ""
+        doing = "in each epoch" if early.active else "only on trial"
+        yield "sent early", f"{doing}, {early.rounds} rounds so far{again}"
     if output.holding:
         yield "output held", f"{output.held_packets} packets, {bytes_text(output.held_bytes)}"
     if status.peer is not None:

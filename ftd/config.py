@@ -209,14 +209,55 @@ class Epoch(_Section):
         le=10_000,
         description="Milliseconds that the guest runs between two checkpoints. Every answer of the guest "
         "waits half an epoch on average, so shorter ones lower latency; each costs a pause, so "
-        "longer ones raise throughput. Default: 20.",
+        "longer ones raise throughput. With mode `auto`, the length to begin with. Default: 20.",
+    )
+    mode: Literal["fixed", "auto"] = Field(
+        default="fixed",
+        description="`fixed`: epochs of `length_ms`. `auto`: the shortest ones that keep the guest's "
+        "slowdown under `slowdown_percent`, but never such that output waits longer than `latency_ms`: if "
+        "not both can be had, latency wins. Default: fixed.",
+    )
+    slowdown_percent: int = Field(
+        default=10,
+        ge=1,
+        le=90,
+        description="With mode `auto`: the share of its time that the guest may spend in pauses. "
+        "Default: 10.",
+    )
+    latency_ms: int = Field(
+        default=100,
+        ge=5,
+        le=60_000,
+        description="With mode `auto`: the milliseconds that output may wait because of protection, from the "
+        "beginning of an epoch until its commit. Default: 100.",
+    )
+    shortest_ms: int = Field(
+        default=10,
+        ge=5,
+        le=10_000,
+        description="With mode `auto`: no epoch is made shorter than this, whatever the latency is. Shorter "
+        "ones cost both nodes more processor time. Default: 10.",
+    )
+    longest_ms: int = Field(
+        default=500,
+        ge=5,
+        le=10_000,
+        description="With mode `auto`: no epoch is made longer than this, whatever the slowdown is. "
+        "Default: 500.",
+    )
+    speculative: Literal["off", "auto", "always"] = Field(
+        default="off",
+        description="Send pages before the epoch is over, so that the pause copies only what was dirtied "
+        "again: `auto` does so while it pays, `always` for measurements. Costs a write fault of the guest "
+        "and bytes on the link for each page that is dirtied again. Default: off.",
     )
     in_flight_mib: int = Field(
         default=256,
         ge=1,
         le=65_536,
-        description="MiB of frames that may be under way to the backup before the next checkpoint waits. "
-        "More rides out longer hiccups of the network, and costs as much memory on the backup. "
+        description="MiB of frames that may be under way to the backup: a checkpoint waits whose frame, if "
+        "as large as the last one, would not fit beside them. More rides out longer hiccups of the "
+        "network, and costs as much memory on the backup. "
         "At least [staging] slot_mib. Default: 256.",
     )
     verify_every: int = Field(
@@ -225,6 +266,29 @@ class Epoch(_Section):
         description="Compare all of guest memory on both nodes at every N-th epoch. Reading it all lengthens "
         "that pause (about 0.1 s for each GiB). 0: only when asked by `ftd verify`. Default: 0.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode == "fixed":
+            return self
+        if self.shortest_ms > self.longest_ms:
+            raise _WrongError(
+                "longest_ms",
+                f"is less than shortest_ms = {self.shortest_ms}; give at least {self.shortest_ms}",
+            )
+        if self.latency_ms <= self.shortest_ms:
+            raise _WrongError(
+                "latency_ms",
+                f"cannot be held by epochs of shortest_ms = {self.shortest_ms} or more; give more than "
+                f"{self.shortest_ms}, or shorter epochs",
+            )
+        if not self.shortest_ms <= self.length_ms <= self.longest_ms:
+            raise _WrongError(
+                "length_ms",
+                f"is what mode auto begins with; give a number from shortest_ms = {self.shortest_ms} "
+                f"to longest_ms = {self.longest_ms}",
+            )
+        return self
 
 
 class Staging(_Section):
@@ -452,6 +516,19 @@ class Config(_Section):
                 "epoch.in_flight_mib",
                 f"is less than one slot ([staging] slot_mib = {self.staging.slot_mib}), so that a full one "
                 f"could never be sent; give at least {self.staging.slot_mib}",
+            )
+        if self.epoch.speculative != "off" and self.epoch.in_flight_mib < 2 * self.staging.slot_mib:
+            raise _WrongError(
+                "epoch.in_flight_mib",
+                f"is less than two slots ([staging] slot_mib = {self.staging.slot_mib}), which a frame may "
+                f"fill with speculative transfer; give at least {2 * self.staging.slot_mib}, or set "
+                '[epoch] speculative = "off"',
+            )
+        if self.epoch.speculative != "off" and self.staging.slots < 3:
+            raise _WrongError(
+                "staging.slots",
+                "is too few for speculative transfer, which needs one beside that of the checkpoint and "
+                'the one being sent; give at least 3, or set [epoch] speculative = "off"',
             )
         for key in ("port", "heartbeat_port"):
             if getattr(self.link, key) == self.http.port:

@@ -5,9 +5,13 @@
                                                                    └── room in flight? <───┘
 
 Three things go on at once: this loop has QEMU gather, the sender's thread puts slots on the wire, and
-acknowledgements come in. What is under way is bounded by the slots and by `in_flight_mib`; when the link is
-slower than the guest dirties memory, the next checkpoint waits, so that the epoch becomes longer and nothing
-grows.
+acknowledgements come in. So several frames are under way, each later one as soon as the epoch after it is
+over, and are committed in order. What is under way is bounded by the slots and by `in_flight_mib`; when the
+link is slower than the guest dirties memory, the next checkpoint waits, so that the epoch becomes longer and
+nothing grows.
+
+How long an epoch is and whether pages are sent early are decided elsewhere (`pacing`, `speculation`): here is
+done what they say.
 """
 
 from __future__ import annotations
@@ -23,12 +27,15 @@ from typing import Any
 from ftd import log
 from ftd.config import Config
 from ftd.errors import FtdError, QemuDied, QemuError
+from ftd.frame import U64Array, listed_pages
 from ftd.link import Session
 from ftd.messages import Ack, GuestStopped, QemuLost, Resync, SyncProgress, VerifyResult
 from ftd.metrics import PAUSE_PARTS
 from ftd.monitor import Event, Monitor
+from ftd.pacing import AutoPace, FixedPace, Limits
 from ftd.report import Report
 from ftd.sender import Sender
+from ftd.speculation import MOMENT, Round, Speculation, count_again
 from ftd.staging import Slot, Staging, slot_size
 from ftd.state import PairState
 from ftd.status import Difference, VerifyReport
@@ -77,6 +84,28 @@ class _InFlight:
     resumed: float
 
 
+@dataclass
+class _Early:
+    """Pages of the running epoch that are under way already: bytes of the part, and which pages."""
+
+    size: int
+    pages: U64Array
+
+
+def pace_of(config: Config) -> FixedPace:
+    """Return what decides the length of the epochs: that of [epoch] mode."""
+    epoch = config.epoch
+    if epoch.mode == "fixed":
+        return FixedPace(epoch.length_ms / 1000)
+    limits = Limits(
+        shortest=epoch.shortest_ms / 1000,
+        longest=epoch.longest_ms / 1000,
+        slowdown=epoch.slowdown_percent / 100,
+        latency=epoch.latency_ms / 1000,
+    )
+    return AutoPace(epoch.length_ms / 1000, limits)
+
+
 class Protection:
     """Protects the guest behind `monitor` with the backup behind `session`. Runs once."""
 
@@ -101,6 +130,13 @@ class Protection:
         self._staging: Staging | None = None
         self._sender: Sender | None = None
         self._slot_pages = 0
+        self._pace = pace_of(config)
+        self._speculation = Speculation(config.epoch.speculative)
+        self._early: _Early | None = None
+        self._stretched = False  # the epoch that was closed last: its checkpoint had to wait
+        # What the next frame is taken to need: what the last one did.
+        self._last_parts = 1
+        self._last_size = 0
         self._in_flight: dict[int, _InFlight] = {}
         self._changed = asyncio.Event()  # an ack came, or a slot was sent, or there is pressure
         self._pressure = False
@@ -118,6 +154,11 @@ class Protection:
     def epoch(self) -> int:
         """The epoch that the guest is in."""
         return self._epoch
+
+    @property
+    def uncommitted(self) -> int:
+        """How many epochs were begun and are not committed: those in flight, and the one that runs."""
+        return len(self._in_flight) + 1
 
     async def run(self) -> None:
         """Copy, then close epochs until protection is lost. Never returns otherwise.
@@ -159,7 +200,7 @@ class Protection:
         await self._begin()
         await self._copy()
         first = self._epoch
-        began = await self._checkpoint()
+        began, _ = await self._checkpoint()
         await self._wait_for(lambda: first not in self._in_flight)
         self._report.end_sync()
         self._report.machine.move(
@@ -194,6 +235,8 @@ class Protection:
         self._report.qemu = self._report.qemu.model_copy(update={"tracker": status["tracker"]})
         self._sender = Sender(self._session, self._staging, self._on_sent)
         self._report.begin_epoch(self._epoch)
+        self._report.pace(self._pace)
+        self._report.speculation(self._speculation)
 
     async def _copy(self) -> None:
         """Live rounds: first over all memory, then over what became dirty meanwhile, until that is little."""
@@ -223,8 +266,26 @@ class Protection:
 
         Returns when the next epoch began.
         """
+        length = self._pace.length
+        if self._speculation.mode != "off":
+            await self._run_until(began + length * MOMENT)
+            if not self._pressure and self._speculation.wanted():
+                await self._send_early()
+        await self._run_until(began + length - TIMER_LATENESS)
+        early = self._pressure
+        self._stretched = not self._has_room()
+        if self._stretched:
+            self._report.metrics.epochs_stretched.inc()
+            await self._wait_for(self._has_room)
+        self._report.epoch_length(time.monotonic() - began)
+        epoch = self._epoch
+        resumed, pause = await self._checkpoint()
+        self._pace.closed(epoch, run=max(0.0, resumed - began - pause), pause=pause, early=early, now=resumed)
+        return resumed
+
+    async def _run_until(self, deadline: float) -> None:
+        """Return at the deadline, of the loop's clock, or as soon as QEMU wants a checkpoint."""
         loop = asyncio.get_running_loop()
-        deadline = began + self._report.configured_epoch - TIMER_LATENESS
         timer = loop.call_at(deadline, self._changed.set)
         try:
             # asyncio may call a moment early, by what it takes for the clock's resolution.
@@ -233,22 +294,57 @@ class Protection:
                 await self._changed.wait()
         finally:
             timer.cancel()
-        if not self._has_room():
-            self._report.metrics.epochs_stretched.inc()
-            await self._wait_for(self._has_room)
-        self._report.epoch_length(time.monotonic() - began)
-        return await self._checkpoint()
 
     def _has_room(self) -> bool:
-        limit = self._config.epoch.in_flight_mib << 20
-        return self._report.in_flight_bytes < limit
+        """Whether the next frame can be gathered and be under way, if it is as large as the last one.
 
-    async def _checkpoint(self) -> float:
-        """Close the epoch, hand its frame to the sender, and return when the guest ran again."""
+        A frame that needs several slots needs all of them at once: the guest stands still until it has them.
+        """
+        assert self._staging is not None
+        if self._staging.free < min(self._last_parts, len(self._staging.slots)):
+            return False
+        # What was sent early is a part of that frame, and nothing that it could wait for.
+        if not self._in_flight:
+            return True
+        size = max(self._last_size, self._early.size if self._early else 0)
+        return self._frames_in_flight() + size <= self._config.epoch.in_flight_mib << 20
+
+    def _frames_in_flight(self) -> int:
+        return sum(frame.size for frame in self._in_flight.values())
+
+    def _account_in_flight(self) -> None:
+        early = self._early.size if self._early else 0
+        self._report.set_in_flight(self._frames_in_flight() + early, len(self._in_flight))
+
+    async def _send_early(self) -> None:
+        """Send the pages that the running epoch has dirtied so far, if nothing has to wait for that."""
+        assert self._staging is not None
+        # One slot remains for the checkpoint, whatever the link does.
+        if self._staging.free <= self._last_parts or not self._has_room():
+            return
+        slot = await self._free_slot()
+        part = await self._gather("x-ft-collect", slot)
+        self._early = _Early(part["slot-bytes"], listed_pages(slot.view))
+        self._account_in_flight()
+        self._send(slot)
+
+    def _learn_from_round(self, early: _Early, checkpoint: list[U64Array]) -> None:
+        again = count_again(early.pages, checkpoint)
+        one = Round(early=len(early.pages), again=again, link_was_full=self._stretched)
+        self._speculation.observe(one)
+        self._report.speculation(self._speculation, one)
+
+    async def _checkpoint(self) -> tuple[float, float]:
+        """Close the epoch, and hand its frame to the sender.
+
+        Returns when the guest ran again, and for how long it was paused, in seconds.
+        """
         epoch = self._epoch
         every = self._config.epoch.verify_every
         digest = self._verify_next or bool(every and epoch % every == 0)
-        size = pages = 0
+        size = pages = parts = 0
+        early = self._early
+        listed: list[U64Array] = []
         pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 0)
         self._pressure = False
         asked = None
@@ -260,31 +356,40 @@ class Protection:
             # each epoch longer than it should be.
             resumed = asked + float(part["pause"]["total-ns"]) / 1e9
             size += part["slot-bytes"]
-            pages += part["pages"]
+            pages += part["pages"] + part["zero-pages"]
+            parts += 1
+            if early is not None:
+                listed.append(listed_pages(slot.view))
             for name in pause:
                 pause[name] += part["pause"][name]
             if part["complete"]:
                 # Known before the ack can come: the sender has not seen the last part.
-                self._in_flight[epoch] = _InFlight(size, resumed)
-                self._report.set_in_flight(self._report.in_flight_bytes + size)
+                self._early = None
+                self._last_parts, self._last_size = parts, size + (early.size if early else 0)
+                self._in_flight[epoch] = _InFlight(self._last_size, resumed)
+                self._account_in_flight()
             self._send(slot)
             if part["complete"]:
                 break
         pause["total-ns"] = part["pause"]["total-ns"]
+        pages += len(early.pages) if early else 0
         loop = asyncio.get_running_loop()
-        loop.call_later(ACCOUNT_AFTER, self._keep_account, pause, part["output"], pages, size)
+        loop.call_later(ACCOUNT_AFTER, self._keep_account, pause, part["output"], pages, self._last_size)
+        if early is not None:
+            loop.call_later(ACCOUNT_AFTER, self._learn_from_round, early, listed)
         if digest and self._verify_next:
             self._verify_next = False
             self._verifying[epoch] = self._verifying.pop(-1)
         self._epoch = epoch + 1
         self._report.begin_epoch(self._epoch)
         self._session.set_beat(self._report.machine.state.value, self._report.committed)
-        return resumed
+        return resumed, pause["total-ns"] / 1e9
 
     def _keep_account(
         self, pause: Mapping[str, int], output: Mapping[str, Any], pages: int, size: int
     ) -> None:
         self._report.pause(pause)
+        self._report.pace(self._pace)
         self._report.metrics.observe_frame(pages, size)
         if not self._over:
             self._on_output(output)
@@ -376,8 +481,10 @@ class Protection:
         self._acknowledged[ack.epoch] = arrived
         self.committed = True
         del self._in_flight[ack.epoch]
-        self._report.set_in_flight(self._report.in_flight_bytes - frame.size)
-        self._report.committed_epoch(ack.epoch, time.monotonic() - frame.resumed)
+        self._account_in_flight()
+        latency = arrived / 1e9 - frame.resumed
+        self._pace.committed(ack.epoch, latency)
+        self._report.committed_epoch(ack.epoch, latency)
         self._changed.set()
 
     def _on_output(self, output: Mapping[str, Any]) -> None:

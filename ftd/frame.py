@@ -464,6 +464,19 @@ def wire_views(slot: Bytes, header: Header) -> list[memoryview]:
     return [view[:HEADER_SIZE], *(view[s.offset : s.offset + s.size] for s in header.sections if s.size)]
 
 
+def listed_pages(slot: Bytes) -> U64Array:
+    """Return the entries of all pages that a slot lists, those of zeros included; a copy, shape (n,).
+
+    Entries are block index << 48 | page number. Raises FrameError if the slot's header is wrong.
+    """
+    header = parse_header(slot, limit=1 << 62)
+    view = memoryview(slot).cast("B")
+    sections = (header.section("pages"), header.section("zeros"))
+    return np.concatenate(
+        [np.frombuffer(view[one.offset : one.offset + one.size], dtype="<u8") for one in sections]
+    ).astype(np.uint64, copy=False)
+
+
 def _round_up(value: int, to: int) -> int:
     return -(-value // to) * to
 

@@ -178,15 +178,48 @@ class Metrics:
         self.epoch_length_configured = self._gauge(
             "ftd_epoch_length_configured_seconds", "Length of the epochs as configured: [epoch] length_ms."
         )
+        self.epoch_length_target = self._gauge(
+            "ftd_epoch_length_target_seconds",
+            "Length that the epochs aim at: the configured one, or the one that [epoch] mode auto chose.",
+        )
         self.epoch_stretch = self._gauge(
             "ftd_epoch_stretch_ratio",
-            "Length of the epochs now against the configured one: 1 when they keep to it, more when the "
+            "Length of the epochs now against the one aimed at: 1 when they keep to it, more when the "
             "link or the backup is slower than the guest dirties its memory.",
         )
         self.epochs_stretched = self._counter(
             "ftd_epochs_stretched_total",
-            "Epochs that lasted longer than configured because earlier frames were not yet on the other "
+            "Epochs that lasted longer than they should because earlier frames were not yet on the other "
             "side.",
+        )
+        self.epoch_slowdown = self._gauge(
+            "ftd_epoch_slowdown_ratio",
+            "Share of its time that the guest spent in pauses during the last few epochs; NaN before.",
+        )
+        self.epoch_added_latency = self._gauge(
+            "ftd_epoch_added_latency_seconds",
+            "From the beginning of an epoch until its commit, as most of the last few epochs kept to it: the "
+            "longest that output waited because of protection; NaN before.",
+        )
+
+        # Speculative transfer
+        self.speculative_active = self._gauge(
+            "ftd_speculative_active", "1 while pages are sent before their epoch is over, in each epoch."
+        )
+        self.speculative_rounds = self._counter(
+            "ftd_speculative_rounds_total", "Rounds in which pages were sent before their epoch was over."
+        )
+        self.speculative_pages = self._counter(
+            "ftd_speculative_pages_total", "Pages sent in these rounds, those of zeros included."
+        )
+        self.speculative_pages_again = self._counter(
+            "ftd_speculative_pages_again_total",
+            "Of these pages, those that were dirty again at the checkpoint: they were sent in vain.",
+        )
+        self.speculative_gain = self._gauge(
+            "ftd_speculative_gain_pages",
+            "Pages of pause that a round saves on average, what was sent in vain deducted: the decision "
+            "follows it.",
         )
 
         # Link
@@ -326,6 +359,8 @@ class Metrics:
         self.sync_seconds.set(math.nan)
         self.heartbeat_age.set(math.nan)
         self.epoch_stretch.set(1)
+        self.epoch_slowdown.set(math.nan)
+        self.epoch_added_latency.set(math.nan)
         self.set_state(PairState.WAITING)
 
     # ---- observing ---------------------------------------------------------------------------------------
@@ -346,11 +381,13 @@ class Metrics:
         self._links[connection, "sent"].inc(sent)
         self._links[connection, "received"].inc(received)
 
-    def set_epoch_length(self, now: float, configured: float) -> None:
-        """Set the epoch length in seconds, now and as configured, and with them the stretch."""
+    def set_epoch_length(self, now: float, configured: float, target: float | None = None) -> None:
+        """Set the epoch length in seconds, now, as configured, and as aimed at; and with them the stretch."""
         self.epoch_length.set(now)
         self.epoch_length_configured.set(configured)
-        self.epoch_stretch.set(now / configured)
+        target = configured if target is None else target
+        self.epoch_length_target.set(target)
+        self.epoch_stretch.set(now / target)
 
     def set_state(self, state: PairState) -> None:
         """Set the pair's state: one series 1, the others 0."""

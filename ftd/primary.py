@@ -295,7 +295,7 @@ class Primary:
             aborted = "stopped"
             raise
         finally:
-            report.epoch_aborted(aborted)
+            report.epoch_aborted(aborted, protection.uncommitted)
             # A number is never used twice within a generation, committed or not.
             self._next_epoch = protection.epoch + 1
             self._held = self._held and not protection.committed

@@ -15,6 +15,8 @@ from typing import Any
 import ftd
 from ftd.config import Config
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
+from ftd.pacing import Account, FixedPace
+from ftd.speculation import Round, Speculation
 from ftd.state import Move, PairState, Role, StateMachine
 from ftd.status import (
     EpochStatus,
@@ -22,6 +24,7 @@ from ftd.status import (
     PauseStatus,
     PeerStatus,
     QemuStatus,
+    SpeculationStatus,
     Status,
     SyncStatus,
     TakeoverStatus,
@@ -51,7 +54,11 @@ class Report:
         self._takeover: TakeoverStatus | None = None
         self._pauses: deque[float] = deque(maxlen=KEPT_PAUSES)
         self._parts: dict[PausePart, deque[float]] = {part: deque(maxlen=KEPT_PAUSES) for part in PAUSE_PARTS}
-        self._epoch_length = self.configured_epoch
+        self._epoch_length = self._target = self.configured_epoch
+        self._decided_by = "configured"
+        self._account: Account | None = None
+        self._in_flight_epochs = 0
+        self._speculation = SpeculationStatus(mode=config.epoch.speculative)
         self._begun = 0
         self._aborted = 0
         self._sync = SyncStatus()
@@ -128,15 +135,43 @@ class Report:
         self._begun += 1
         self.metrics.epochs_begun.inc()
 
-    def epoch_aborted(self, reason: str) -> None:
-        """An epoch will never be committed. reason: one of metrics.ABORT_REASONS."""
-        self._aborted += 1
-        self.metrics.epochs_aborted.labels(reason=reason).inc()
+    def epoch_aborted(self, reason: str, count: int = 1) -> None:
+        """So many epochs will never be committed. reason: one of metrics.ABORT_REASONS."""
+        self._aborted += count
+        self.metrics.epochs_aborted.labels(reason=reason).inc(count)
 
     def epoch_length(self, seconds: float) -> None:
         """Note how long the last epoch was."""
         self._epoch_length = seconds
-        self.metrics.set_epoch_length(seconds, self.configured_epoch)
+        self.metrics.set_epoch_length(seconds, self.configured_epoch, self._target)
+
+    def pace(self, pace: FixedPace) -> None:
+        """Note how long epochs shall be, why, and what they cost."""
+        self._target = pace.length
+        self._decided_by = pace.reason
+        self._account = account = pace.account
+        if account is not None:
+            self.metrics.epoch_slowdown.set(account.slowdown)
+            if account.added_latency is not None:
+                self.metrics.epoch_added_latency.set(account.added_latency)
+
+    def speculation(self, speculation: Speculation, one: Round | None = None) -> None:
+        """Note a round of speculative transfer, if there was one, and what is decided now."""
+        self._speculation = SpeculationStatus(
+            mode=speculation.mode,
+            active=speculation.active,
+            gain=speculation.average_gain,
+            rounds=self._speculation.rounds + (one is not None),
+            pages=self._speculation.pages + (one.early if one else 0),
+            pages_again=self._speculation.pages_again + (one.again if one else 0),
+        )
+        metrics = self.metrics
+        metrics.speculative_active.set(speculation.active)
+        metrics.speculative_gain.set(speculation.average_gain)
+        if one is not None:
+            metrics.speculative_rounds.inc()
+            metrics.speculative_pages.inc(one.early)
+            metrics.speculative_pages_again.inc(one.again)
 
     def pause(self, pause_ns: Mapping[str, int]) -> None:
         """Note the pause of a checkpoint, as QEMU's FtPause tells it, summed over the parts of its frame."""
@@ -180,9 +215,10 @@ class Report:
         self.metrics.output_held_packets.set(0)
         self.metrics.output_held.set(0)
 
-    def set_in_flight(self, size: int) -> None:
-        """Note the bytes of frames under way."""
+    def set_in_flight(self, size: int, epochs: int = 0) -> None:
+        """Note the bytes under way to the backup, and how many closed epochs they belong to."""
         self.in_flight_bytes = size
+        self._in_flight_epochs = epochs
         self.metrics.in_flight.set(size)
 
     def verified(self, report: VerifyReport) -> None:
@@ -223,8 +259,15 @@ class Report:
                 aborted=self._aborted,
                 length=self._epoch_length,
                 configured=self.configured_epoch,
-                stretch=max(1.0, self._epoch_length / self.configured_epoch),
+                stretch=max(1.0, self._epoch_length / self._target),
+                mode=self.config.epoch.mode,
+                target=self._target,
+                decided_by=self._decided_by,
+                slowdown=self._account.slowdown if self._account else None,
+                added_latency=self._account.added_latency if self._account else None,
+                in_flight=self._in_flight_epochs,
             ),
+            "speculation": self._speculation,
             "pause": self._pause_status(),
             "sync": self._sync_now(),
         }

@@ -43,8 +43,12 @@ class PauseStatus(Model):
 class EpochStatus(Model):
     """Epochs of this generation; lengths in seconds.
 
-    current: the epoch that is running; committed: the last committed one; 0 for none. stretch: length against
-    configured length, 1 when the epochs keep to it.
+    current: the epoch that is running; committed: the last committed one; 0 for none. begun = committed +
+    aborted + in_flight + 1, the one that is running. configured: [epoch] length_ms; target: the length aimed
+    at, the same unless mode is auto; decided_by: what it follows from (see ftd.pacing). stretch: length
+    against target, 1 when the epochs keep to it. slowdown: share of the guest's time spent in pauses;
+    added_latency: from the beginning of an epoch until its commit; both of the last few epochs, None before.
+    in_flight: epochs closed and not yet committed.
     """
 
     current: int = 0
@@ -54,6 +58,28 @@ class EpochStatus(Model):
     length: float = 0.0
     configured: float = 0.0
     stretch: float = 1.0
+    mode: str = "fixed"
+    target: float = 0.0
+    decided_by: str = "configured"
+    slowdown: float | None = None
+    added_latency: float | None = None
+    in_flight: int = 0
+
+
+class SpeculationStatus(Model):
+    """Pages sent before their epoch was over. mode: that of [epoch] speculative.
+
+    active: whether it is done now, since it pays or is configured. gain: pages of pause that a round saves on
+    average, what was sent in vain deducted. pages: sent early; pages_again: of these, dirty again at the
+    checkpoint.
+    """
+
+    mode: str = "off"
+    active: bool = False
+    gain: float = 0.0
+    rounds: int = 0
+    pages: int = 0
+    pages_again: int = 0
 
 
 class SyncStatus(Model):
@@ -136,6 +162,7 @@ class Status(Model):
     peer: PeerStatus | None = None
     output: OutputStatus = OutputStatus()
     pause: PauseStatus = PauseStatus()
+    speculation: SpeculationStatus = SpeculationStatus()
     qemu: QemuStatus = QemuStatus()
     takeover: TakeoverStatus | None = None
     last_verify: VerifyReport | None = None

@@ -229,6 +229,35 @@ def test_syntax_error_at_the_end_of_the_file(write):
             "so that a full one could never be sent; give at least 64",
         ),
         (
+            MINIMAL + '[epoch]\nmode = "auto"\nlongest_ms = 9\n',
+            "[epoch] longest_ms = 9: is less than shortest_ms = 10; give at least 10",
+        ),
+        (
+            MINIMAL + '[epoch]\nmode = "auto"\nlatency_ms = 10\n',
+            "[epoch] latency_ms = 10: cannot be held by epochs of shortest_ms = 10 or more; "
+            "give more than 10, or shorter epochs",
+        ),
+        (
+            MINIMAL + '[epoch]\nmode = "auto"\nlength_ms = 5\n',
+            "[epoch] length_ms = 5: is what mode auto begins with; "
+            "give a number from shortest_ms = 10 to longest_ms = 500",
+        ),
+        (
+            MINIMAL + '[epoch]\nmode = "automatic"\n',
+            "[epoch] mode = \"automatic\": is not one of the possible values; choose 'fixed' or 'auto'",
+        ),
+        (
+            MINIMAL + '[epoch]\nspeculative = "auto"\nin_flight_mib = 100\n',
+            "[epoch] in_flight_mib = 100: is less than two slots ([staging] slot_mib = 64), which a frame "
+            "may fill with speculative transfer; give at least 128, or set [epoch] speculative = "
+            '"off"',
+        ),
+        (
+            MINIMAL + '[epoch]\nspeculative = "always"\n[staging]\nslots = 2\n',
+            "[staging] slots = 2: is too few for speculative transfer, which needs one beside that of the "
+            'checkpoint and the one being sent; give at least 3, or set [epoch] speculative = "off"',
+        ),
+        (
             MINIMAL + "[machine]\ndirty_ring_size = 5000\n",
             "[machine] dirty_ring_size = 5000: is not a power of two from 1024 to 65536; "
             "8192 would be, or 0 for the bitmap",

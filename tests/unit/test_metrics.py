@@ -19,11 +19,14 @@ REPOSITORY = Path(__file__).parents[2]
 EXPECTED = """
 ftd_build_info gauge version,python
 ftd_commit_latency_seconds histogram
+ftd_epoch_added_latency_seconds gauge
 ftd_epoch_committed gauge
 ftd_epoch_dirty_pages histogram
 ftd_epoch_frame_bytes histogram
 ftd_epoch_length_configured_seconds gauge
 ftd_epoch_length_seconds gauge
+ftd_epoch_length_target_seconds gauge
+ftd_epoch_slowdown_ratio gauge
 ftd_epoch_stretch_ratio gauge
 ftd_epochs_aborted_total counter reason=link|abandoned|invalid|stopped
 ftd_epochs_begun_total counter
@@ -48,6 +51,11 @@ ftd_pair_state_number gauge
 ftd_pause_part_seconds histogram part=stop|drain|harvest|copy|device|digest|resume
 ftd_pause_seconds histogram
 ftd_role gauge role=primary|backup
+ftd_speculative_active gauge
+ftd_speculative_gain_pages gauge
+ftd_speculative_pages_again_total counter
+ftd_speculative_pages_total counter
+ftd_speculative_rounds_total counter
 ftd_sync_last_seconds gauge
 ftd_sync_progress_ratio gauge
 ftd_syncs_completed_total counter
