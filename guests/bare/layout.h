@@ -5,6 +5,8 @@
 #define LOAD_ADDRESS 0x100000   /* keep equal to the one in layout.ld */
 #define TRAMPOLINE 0x8000       /* of the second processor: a page below 1 MiB */
 
+#define CLOCKS 0x9000           /* a page that tells the clocks to who reads the guest's memory */
+
 /* Segments, as offsets in the descriptor table. */
 #define CODE 0x08
 #define DATA 0x10

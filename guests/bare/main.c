@@ -161,6 +161,109 @@ static void print_pair(const char *name, uint64_t number)
     print_number(number);
 }
 
+/* ---- clocks ---- */
+
+#define KVM_SIGNATURE 0x40000000
+#define KVM_FEATURES 0x40000001
+#define KVM_FEATURE_CLOCKSOURCE2 (1 << 3)
+#define MSR_KVM_SYSTEM_TIME 0x4b564d01
+
+/* What KVM writes, see Documentation/virt/kvm/x86/msr.rst of Linux. */
+struct kvmclock {
+    volatile uint32_t version;          /* odd while it is being changed */
+    uint32_t unused;
+    volatile uint64_t tsc_timestamp;
+    volatile uint64_t system_time;
+    volatile uint32_t tsc_to_system_mul;
+    volatile int8_t tsc_shift;
+    volatile uint8_t flags;
+    uint8_t more[2];
+} __attribute__((packed, aligned(32)));
+
+/* At a place known to the host, which reads it in the file that holds the guest's memory. */
+struct clocks {
+    volatile uint32_t sequence;         /* odd while it is being changed */
+    volatile uint32_t has_kvmclock;
+    volatile uint64_t tsc;
+    volatile uint64_t kvmclock_ns;
+    volatile uint32_t tsc_backwards, kvmclock_backwards;
+};
+
+static struct clocks *const clocks = (struct clocks *)CLOCKS;
+static struct kvmclock kvmclock __attribute__((aligned(PAGE_SIZE)));
+
+static void ask_cpuid(uint32_t leaf, uint32_t *a, uint32_t *b)
+{
+    uint32_t c, d;
+
+    asm volatile("cpuid" : "=a"(*a), "=b"(*b), "=c"(c), "=d"(d) : "0"(leaf), "2"(0));
+}
+
+static void start_clocks(void)
+{
+    uint32_t a, b;
+
+    memset(clocks, 0, sizeof(*clocks));
+    ask_cpuid(KVM_SIGNATURE, &a, &b);
+    if (b != 0x4b4d564b)                /* "KVMK" */
+        return;
+    ask_cpuid(KVM_FEATURES, &a, &b);
+    if (!(a & KVM_FEATURE_CLOCKSOURCE2))
+        return;
+    asm volatile("wrmsr" : : "c"(MSR_KVM_SYSTEM_TIME), "a"((uint32_t)&kvmclock | 1), "d"(0) : "memory");
+    clocks->has_kvmclock = 1;
+}
+
+/* Nanoseconds by KVM's clock at the given count of the time stamp counter. */
+static uint64_t kvmclock_ns(uint64_t *tsc)
+{
+    uint32_t version, multiplier;
+    uint64_t delta, time;
+    int8_t shift;
+
+    do {
+        version = kvmclock.version;
+        asm volatile("" : : : "memory");
+        *tsc = read_tsc();
+        delta = *tsc - kvmclock.tsc_timestamp;
+        time = kvmclock.system_time;
+        multiplier = kvmclock.tsc_to_system_mul;
+        shift = kvmclock.tsc_shift;
+        asm volatile("" : : : "memory");
+    } while ((version & 1) || version != kvmclock.version);
+    if (shift < 0)
+        delta >>= -shift;
+    else
+        delta <<= shift;
+    return time + (delta >> 32) * multiplier + (((delta & 0xffffffff) * multiplier) >> 32);
+}
+
+static void look_at_clocks(void)
+{
+    uint64_t tsc, ns = 0;
+
+    if (clocks->has_kvmclock)
+        ns = kvmclock_ns(&tsc);
+    else
+        tsc = read_tsc();
+    if (tsc < clocks->tsc) {
+        clocks->tsc_backwards++;
+        print_pair("clock: BACKWARDS tsc by ", clocks->tsc - tsc);
+        print("\n");
+    }
+    if (ns < clocks->kvmclock_ns) {
+        clocks->kvmclock_backwards++;
+        print_pair("clock: BACKWARDS kvmclock by ", clocks->kvmclock_ns - ns);
+        print("\n");
+    }
+    clocks->sequence++;
+    asm volatile("" : : : "memory");
+    clocks->tsc = tsc;
+    clocks->kvmclock_ns = ns;
+    asm volatile("" : : : "memory");
+    clocks->sequence++;
+}
+
 /* ---- parameters ---- */
 
 static void read_fw_cfg(void *to, uint32_t size)
@@ -505,9 +608,7 @@ static bool start_second(void)
 static void tell(uint32_t tick)
 {
     static uint32_t last_tick, last_rounds;
-    static uint64_t last_tsc;
     uint32_t rounds = workers[0].round + workers[1].round, bad = 0;
-    uint64_t tsc;
 
     if (rounds == last_rounds || tick - last_tick < ticks_per_second / 10)
         return;
@@ -528,16 +629,10 @@ static void tell(uint32_t tick)
         }
         bad += worker->bad;
     }
-    tsc = read_tsc();
-    if (tsc < last_tsc) {
-        print_pair("clock: BACKWARDS tsc by ", last_tsc - tsc);
-        print("\n");
-    }
-    last_tsc = tsc;
     print_pair("round ", workers[0].round);
     if (processors > 1)
         print_pair("/", workers[1].round);
-    print_pair(" tsc ", tsc);
+    print_pair(" tsc ", clocks->tsc);
     print_pair(" bad ", bad);
     print("\n");
 }
@@ -557,8 +652,10 @@ static void work(struct worker *worker)
             wait_tick(tick);
         }
         /* Only the first processor prints. */
-        if (worker == &workers[0])
+        if (worker == &workers[0]) {
+            look_at_clocks();
             tell(tick);
+        }
     }
 }
 
@@ -616,6 +713,7 @@ void boot_processor(void)
     ticks_per_round = rate ? (99 + rate) / rate : 0;
     ticks_per_second = rate ? rate * ticks_per_round : 100;
 
+    start_clocks();
     open_interrupts();
     start_timer();
     asm volatile("sti");
