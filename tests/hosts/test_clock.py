@@ -106,7 +106,7 @@ async def test_a_linux_guest_keeps_its_time_and_no_takeover_sets_it_back(make_pa
         await pair.wait_protected()
         epochs = (await wait_committed(pair.primary, 5))["epoch"]["committed"]
         first = await look()
-        await asyncio.sleep(12)
+        await asyncio.sleep(10)
         within = rate(first, await look())
         status = await pair.primary.status()
         assert status["epoch"]["committed"] - epochs > 100, "it was not protected all the time"
@@ -164,7 +164,7 @@ def clocks_of(host: Host) -> Iterator[Callable[[], Clocks]]:
 def look_at_bare(read: Callable[[], Clocks]) -> tuple[Look, Look]:
     """Time stamp counter and kvmclock: of each the look that came soonest after the guest's own."""
     looks = []
-    end = time.monotonic() + SPAN_S
+    end = time.monotonic() + SPAN_S / 2  # there are many in a second, and hardly delayed
     sequence = read().sequence
     while time.monotonic() < end:
         now = read()
@@ -173,7 +173,7 @@ def look_at_bare(read: Callable[[], Clocks]) -> tuple[Look, Look]:
             continue
         looks.append((time.monotonic_ns(), now))
         sequence = now.sequence
-    assert len(looks) > 100
+    assert len(looks) > 20
     best = max(looks, key=lambda look: look[1].kvmclock_ns - look[0])
     return Look(best[0], best[1].tsc), Look(best[0], best[1].kvmclock_ns)
 
