@@ -5,7 +5,7 @@ from unit.frame_builder import BLOCKS, GENERATION, RAM, ROM, VGA, Spec, random_s
 
 from ftd.assembly import Frame, FrameAssembler
 from ftd.errors import FrameError
-from ftd.frame import PAGE_SIZE, Part
+from ftd.frame import PAGE_SIZE, Part, entry
 
 LIMIT = 1 << 30
 
@@ -199,3 +199,36 @@ def test_without_the_check_of_the_order_a_repeated_part_gets_through(monkeypatch
     repeated = replace(middle(5, 0))
     assert made.feed(repeated.received()) is None
     assert made.feed(repeated.received()) is None
+
+
+def test_pages_sent_early_are_dropped_with_a_frame_that_is_given_up() -> None:
+    """The session ends in the middle of an epoch: nothing of it was handed out, and all buffers come back."""
+    made = synced(4)
+    released: list[int] = []
+    for number in range(3):
+        spec = Spec(epoch=5, part=number, pages={(0, number): 1}).live()
+        assert made.feed(Part.from_wire(spec.wire(), on_release=lambda: released.append(1))) is None
+    assert made.held_bytes > 3 * PAGE_SIZE
+    made.close()
+    assert (len(released), made.held_bytes, made.last_epoch) == (3, 0, 4)
+
+
+def test_pages_sent_early_count_towards_the_bound_of_their_frame() -> None:
+    early = Spec(epoch=5, pages={(0, 1): 1}).live()
+    size = early.received().nbytes
+    made = synced(4, limit=2 * size)
+    made.feed(early.received())
+    made.feed(replace(early, part=1).received())
+    with pytest.raises(
+        FrameError, match=f"size of the frame is {3 * size} so far: expected at most {2 * size}"
+    ):
+        made.feed(replace(early, part=2).received())
+    assert made.held_bytes == 0
+
+
+def test_a_page_sent_early_and_again_is_in_its_frame_twice_the_later_one_last() -> None:
+    made = synced(4)
+    made.feed(Spec(epoch=5, part=0, pages={(0, 1): 1, (0, 2): 2}).live().received())
+    frame = made.feed(Spec(epoch=5, part=1, pages={(0, 1): 3}).received())
+    assert isinstance(frame, Frame)
+    assert [part.pages.tolist() for part in frame.parts] == [[entry(0, 1), entry(0, 2)], [entry(0, 1)]]

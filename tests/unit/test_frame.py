@@ -22,6 +22,7 @@ from ftd.frame import (
     encode_slot,
     encode_wire,
     entry,
+    listed_pages,
     parse_header,
     split_entries,
     wire_views,
@@ -373,3 +374,10 @@ def test_a_full_pool_waits_for_a_buffer_and_says_so_when_none_comes() -> None:
 
 def test_pages_say_what_they_are() -> None:
     assert page(5).tobytes() == struct.pack("<Q", 5) * 512
+
+
+def test_the_pages_that_a_slot_lists_are_those_with_data_and_those_of_zeros() -> None:
+    slot = Spec(pages={(0, 3): 1, (1, 2): 5}, zeros=((0, 7), (2, 1))).slot()
+    assert listed_pages(slot).tolist() == [entry(0, 3), entry(1, 2), entry(0, 7), entry(2, 1)]
+    with pytest.raises(FrameError, match="magic"):
+        listed_pages(bytes(PAGE_SIZE))
