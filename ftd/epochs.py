@@ -139,7 +139,7 @@ class Protection:
         self._last_size = 0
         self._in_flight: dict[int, _InFlight] = {}
         self._changed = asyncio.Event()  # an ack came, or a slot was sent, or there is pressure
-        self._pressure = False
+        self._pressed = -1  # what QEMU called the epoch in which it asked for a checkpoint
         self._abandoned: str | None = None
         self._qemu_died = False
         # Set once the first frame is committed: from then on output is this session's to release.
@@ -346,7 +346,7 @@ class Protection:
         early = self._early
         listed: list[U64Array] = []
         pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 0)
-        self._pressure = False
+        self._pressed = -1
         asked = None
         while True:
             slot = await self._free_slot()
@@ -431,8 +431,16 @@ class Protection:
         self._changed.set()
 
     def _on_pressure(self, event: Event) -> None:
-        self._pressure = True
+        self._pressed = int(event.get("data", {}).get("epoch", self._epoch))
         self._changed.set()
+
+    @property
+    def _pressure(self) -> bool:
+        """Whether QEMU wants the running epoch closed, and not the one before, whose event came late.
+
+        QEMU names the epoch that it was asked to gather last, which is the one before the running one.
+        """
+        return self._pressed >= self._epoch - 1
 
     def _on_abandoned(self, event: Event) -> None:
         self._abandoned = str(event.get("data", {}).get("reason", "given up by QEMU"))

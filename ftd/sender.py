@@ -10,17 +10,21 @@ import queue
 import threading
 from collections.abc import Callable
 
+from ftd import log
 from ftd.channel import prefer_this_thread
-from ftd.errors import FtdError
+from ftd.errors import FrameError, FtdError
 from ftd.frame import Kind, parse_header, wire_views
 from ftd.link import Session
 from ftd.staging import Slot, Staging
+
+_log = log.get(__name__)
 
 
 class Sender:
     """Sends slots over one session until that ends. Made and used in the event loop; `close` ends the thread.
 
-    `on_sent(bytes)` is called in the event loop after each part.
+    `on_sent(bytes)` is called in the event loop after each part. A slot that holds no part ends the session:
+    its frame can never be committed, and nobody else would notice.
     """
 
     def __init__(self, session: Session, staging: Staging, on_sent: Callable[[int], None]) -> None:
@@ -29,6 +33,7 @@ class Sender:
         self._on_sent = on_sent
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._ending: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="ftd-sender", daemon=True)
         self._thread.start()
 
@@ -55,12 +60,20 @@ class Sender:
                         preferred = True
                     views = wire_views(slot.view, header)
                     size = self._session.send_part(views)
+                except FrameError as error:
+                    broken = True
+                    reason = f"QEMU filled slot {slot.index} with what is no part: {error}"
+                    self._loop.call_soon_threadsafe(self._end_session, reason)
                 except FtdError:
                     # The session tells everybody; slots still have to come back.
                     broken = True
                 finally:
                     views = []
             self._loop.call_soon_threadsafe(self._done, slot, size)
+
+    def _end_session(self, reason: str) -> None:
+        _log.error("a frame cannot be sent", reason=reason)
+        self._ending = asyncio.ensure_future(self._session.close(reason))
 
     def _done(self, slot: Slot, size: int) -> None:
         self._staging.release(slot)
