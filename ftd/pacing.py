@@ -8,8 +8,11 @@ Two prices are paid for checkpoints, and the length of the epoch moves them agai
 
 `AutoPace` takes the shortest epoch that holds the slowdown under its bound, for latency is what clients
 notice and the slowdown up to its bound was granted. If that epoch is too long for the bound of the latency,
-*the latency wins*: a shorter epoch always lowers the latency and costs a slowdown that `shortest` bounds,
+*the latency wins*: a shorter epoch lowers the latency and costs a slowdown that `shortest` bounds,
 while the epoch that holds the slowdown of a guest that dirties memory faster and faster has no bound at all.
+
+A limit: that holds as long as the link is not what epochs wait for. What a guest dirties in every epoch is
+sent in every epoch, and on a link that is nearly full more of them make a longer queue. This is not noticed.
 
 It decides seldom: after a window of epochs that all had the same length, so that it never takes the effect of
 an earlier decision for news. With a pause of p + a·T and a commit of c + m·T after an epoch of T seconds, the
