@@ -163,12 +163,12 @@ class AutoPace(FixedPace):
         wanted = self._for_slowdown(epochs)
         if wanted <= limits.shortest:
             wanted, reason = limits.shortest, "shortest"
+        ran = sum(one.run for one in epochs) / len(epochs)
         # Nobody would see a longer one, and one that is longer only in name is a bad place to start from.
-        if wanted > self._length and 2 * sum(one.early for one in epochs) > len(epochs):
-            wanted, reason = self._length, "pressure"
+        if wanted > ran and 2 * sum(one.early for one in epochs) > len(epochs):
+            wanted, reason = min(wanted, self._length), "pressure"
         latency = _latency(epochs, now)
         if latency is not None:
-            ran = sum(one.run for one in epochs) / len(epochs)
             most = ran * AIM * limits.latency / latency
             if wanted > most:
                 wanted, reason = most, "latency"

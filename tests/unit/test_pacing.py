@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ftd.pacing import BAND, WINDOW, AutoPace, FixedPace, Limits
@@ -210,6 +210,20 @@ def test_the_length_is_always_within_its_bounds(model: Model, bounds: Limits, st
 
 
 @settings(max_examples=60, deadline=None)
+@example(
+    Model(
+        rate=207_746.0,
+        pages=47_593.0,
+        bandwidth=1_683_417_886.0,
+        pause_base=0.001953125,
+        pause_page=6.364987568173628e-07,
+        round_trip=0.015625,
+        most_bytes=64 << 20,
+        slot_pages=12_288.0,
+    ),
+    Limits(shortest=0.005, longest=0.1, slowdown=0.125, latency=1.0),
+    1.0,
+)  # slots end its epochs early, just before their length
 @given(models, limits, starts)
 def test_under_a_steady_load_it_settles_and_what_can_be_held_is(
     model: Model, bounds: Limits, start: float
