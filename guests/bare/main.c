@@ -16,6 +16,8 @@
 #define AREA_START 0x1000000            /* 16 MiB: the pages that are written to */
 #define STAMPS_START 0x200000           /* 2 MiB: what each page must hold */
 #define ORDER_START 0x400000            /* 4 MiB: in which order pages are written to */
+#define DEVICE_START 0x800000           /* 8 MiB: pages that a device writes to */
+#define MOST_DEVICE_PAGES 1024
 #define MOST_MEMORY 0x80000000u         /* beyond may lie the hole for devices */
 #define MOST_PROCESSORS 2
 #define MOST_MISMATCHES 16              /* kept per processor until they are printed */
@@ -23,6 +25,10 @@
 #define SERIAL 0x3f8
 #define FW_CFG_SELECT 0x510
 #define FW_CFG_DATA 0x511
+#define FW_CFG_DMA 0x518                /* the address, big-endian, of what to do */
+#define FW_CFG_DMA_READ 0x02
+#define FW_CFG_DMA_SKIP 0x04
+#define FW_CFG_DMA_SELECT 0x08
 #define FW_CFG_MEMORY_SIZE 0x03
 #define FW_CFG_PROCESSORS 0x05
 #define FW_CFG_FILES 0x19
@@ -55,6 +61,7 @@ static struct worker workers[MOST_PROCESSORS];
 static volatile bool second_runs;
 static enum pattern pattern = SEQUENTIAL;
 static bool check = true;
+static uint32_t device_pages;
 static uint32_t ticks_per_second, ticks_per_round;      /* 0: no waiting between rounds */
 
 /* ---- the machine ---- */
@@ -304,6 +311,28 @@ static bool read_text(const char *name, char *text, uint32_t size)
     return false;
 }
 
+static void order_fw_cfg(uint32_t control, uint32_t length, uint32_t address)
+{
+    volatile struct {
+        uint32_t control, length, address_high, address;
+    } order = { __builtin_bswap32(control), __builtin_bswap32(length), 0, __builtin_bswap32(address) };
+
+    asm volatile("outl %0, %1" : :
+                 "a"(__builtin_bswap32((uint32_t)&order)), "Nd"((uint16_t)FW_CFG_DMA) : "memory");
+}
+
+/*
+ * Has a device write to pages, without a store of the processor: what a configuration item
+ * says, from another place of it in each round. It is over when the instruction is.
+ */
+static void write_by_device(uint32_t round)
+{
+    for (uint32_t page = 0; page < device_pages; page++) {
+        order_fw_cfg(FW_CFG_FILES << 16 | FW_CFG_DMA_SELECT | FW_CFG_DMA_SKIP, (round * 7 + page) % 509, 0);
+        order_fw_cfg(FW_CFG_DMA_READ, PAGE_SIZE, DEVICE_START + page * PAGE_SIZE);
+    }
+}
+
 static uint32_t read_number(const char *name, uint32_t otherwise, uint32_t least, uint32_t most)
 {
     char text[16];
@@ -523,6 +552,8 @@ static void one_round(struct worker *worker)
         write_every_page(worker, round);
     else
         write_in_order(worker, round);
+    if (worker == &workers[0] && device_pages)
+        write_by_device(round);
     worker->round = round;
 }
 
@@ -707,6 +738,7 @@ void boot_processor(void)
     area = read_number("opt/ftd/area", pages, pages, most);
     rate = read_number("opt/ftd/rounds_per_second", 20, 0, 1000);
     check = read_number("opt/ftd/check", 1, 0, 1);
+    device_pages = read_number("opt/ftd/device_pages", 0, 0, MOST_DEVICE_PAGES);
     read_pattern();
 
     /* At least 100 ticks a second, and a whole number of them for each round. */
@@ -735,6 +767,8 @@ void boot_processor(void)
     print(pattern_names[pattern]);
     print_pair(" check=", check);
     print_pair(" processors=", processors);
+    if (device_pages)
+        print_pair(" device_pages=", device_pages);
     print("\n");
     work(&workers[0]);
 }
