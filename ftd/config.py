@@ -266,6 +266,14 @@ class Epoch(_Section):
         description="Compare all of guest memory on both nodes at every N-th epoch. Reading it all lengthens "
         "that pause (about 0.1 s for each GiB). 0: only when asked by `ftd verify`. Default: 0.",
     )
+    tracker: Literal["auto", "ring", "ring-stock", "bitmap"] = Field(
+        default="auto",
+        description="How dirty pages are found. `ring`: straight from KVM's dirty rings, so that the pause "
+        "does not grow with memory. `bitmap` and `ring-stock`: as QEMU's migration does it, with one thread "
+        "doing everything in the pause; they are there to compare with. `auto`: the best that there is, "
+        "which `ftd status` names: ring, KVM's bitmap with [machine] dirty_ring_size = 0, QEMU's own bitmaps "
+        "(`generic`) under tcg. Default: auto.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -529,6 +537,20 @@ class Config(_Section):
                 "staging.slots",
                 "is too few for speculative transfer, which needs one beside that of the checkpoint and "
                 'the one being sent; give at least 3, or set [epoch] speculative = "off"',
+            )
+        tracker, machine = self.epoch.tracker, self.machine
+        if tracker != "auto" and machine.accelerator == "tcg":
+            raise _WrongError(
+                "epoch.tracker", 'is for kvm, and [machine] accelerator is "tcg"; give "auto", or remove it'
+            )
+        if tracker == "bitmap" and machine.dirty_ring_size:
+            raise _WrongError(
+                "epoch.tracker", "needs KVM's dirty bitmap; set [machine] dirty_ring_size = 0 as well"
+            )
+        if tracker in ("ring", "ring-stock") and not machine.dirty_ring_size:
+            raise _WrongError(
+                "epoch.tracker",
+                "needs KVM's dirty rings, and [machine] dirty_ring_size is 0; give 65536 there, or remove it",
             )
         for key in ("port", "heartbeat_port"):
             if getattr(self.link, key) == self.http.port:

@@ -230,6 +230,7 @@ class Protection:
             pressure_pages=int(pages * PRESSURE),
             output_limit=config.output.limit_mib << 20 if config.output.hold else 0,
             release_fd="ftd-release",
+            **({} if config.epoch.tracker == "auto" else {"tracker": config.epoch.tracker}),
         )
         self._slot_pages = status["pages-per-slot"]
         self._report.qemu = self._report.qemu.model_copy(update={"tracker": status["tracker"]})

@@ -162,6 +162,21 @@ def test_syntax_error_at_the_end_of_the_file(write):
             "[epoch] verify_every = -1: is out of range; give a whole number from 0 up",
         ),
         (
+            MINIMAL + '[epoch]\ntracker = "ring"\n[machine]\naccelerator = "tcg"\n',
+            '[epoch] tracker = "ring": is for kvm, and [machine] accelerator is "tcg"; '
+            'give "auto", or remove it',
+        ),
+        (
+            MINIMAL + '[epoch]\ntracker = "bitmap"\n',
+            '[epoch] tracker = "bitmap": needs KVM\'s dirty bitmap; '
+            "set [machine] dirty_ring_size = 0 as well",
+        ),
+        (
+            MINIMAL + '[epoch]\ntracker = "ring"\n[machine]\ndirty_ring_size = 0\n',
+            '[epoch] tracker = "ring": needs KVM\'s dirty rings, and [machine] dirty_ring_size is 0; '
+            "give 65536 there, or remove it",
+        ),
+        (
             MINIMAL + '[http]\nport = "9105"\n',
             '[http] port = "9105": is a string; write a whole number',
         ),
