@@ -8,11 +8,15 @@ One call of `Backup.run` goes from an idle backup to one of its ends:
 In between, sessions come and go. A session that ends before its first commit, or by a goodbye, leaves the
 shadow worthless, and the backup waits for the next one. What ends a session, and what follows:
 
-    reset, silence     the primary's daemon, or its host, is gone              take over
-    QemuLost           the primary's QEMU is gone, its daemon says so          take over
+    reset, silence     the primary's daemon, or its host, is gone              ask the arbiter, take over
+    QemuLost           the primary's QEMU is gone, its daemon says so          ask the arbiter, take over
+    Yield              a switchover                                            ask the arbiter, take over
     goodbye            a planned stop                                          wait
     protocol, stalled  the primary is there, but what it sends is of no use    wait; it copies anew
     GuestStopped       the guest shut down                                     end
+
+Every takeover asks the arbiter first (rule S3). Without an answer the backup is `held`: it starts nothing,
+and asks again. Meanwhile it takes the primary back, unless a question of its own may still be granted.
 """
 
 from __future__ import annotations
@@ -20,15 +24,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ftd
 from ftd import log, tap
-from ftd.arbiter import Arbiter
+from ftd.arbiter import Record
+from ftd.authority import Authority, Event, Standing, may_begin_session
 from ftd.config import Config
-from ftd.errors import FtdError, PeerError, QemuError, TakeoverRefused, friendly
+from ftd.errors import FtdError, PeerError, QemuDied, QemuError, TakeoverRefused, friendly
 from ftd.frame import PartBufferPool
+from ftd.inquiry import Inquiry, Outcome
 from ftd.link import LinkOptions, Listener, Session
 from ftd.machine import MachineDescription
 from ftd.messages import (
@@ -39,8 +46,10 @@ from ftd.messages import (
     QemuLost,
     Refusal,
     Resync,
+    TookOver,
     VerifyResult,
     Welcome,
+    Yield,
 )
 from ftd.metrics import Rejection, Trigger
 from ftd.qemu import QemuProcess, require_patched
@@ -56,6 +65,9 @@ _log = log.get(__name__)
 
 # Receive buffers beyond what the primary may have in flight: parts that are being applied, the first copy.
 SPARE_BUFFERS = 512 << 20
+
+# Between two questions to an arbiter that does not answer.
+ASK_AGAIN_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,25 +87,52 @@ class GuestEnded:
 
 @dataclass(frozen=True)
 class _Loss:
-    """Why the primary counts as lost. heard, decided: monotonic seconds."""
+    """Why the primary counts as lost. heard, decided: monotonic seconds.
+
+    resume: the guest was stopped for this takeover only, and is to run again.
+    """
 
     trigger: Trigger
     detail: str
     heard: float
     decided: float
+    resume: bool = False
 
 
 class Backup:
     """The backup's part of a node's life. Made once; `run` returns how it ended."""
 
-    def __init__(self, config: Config, report: Report, options: LinkOptions, arbiter: Arbiter) -> None:
+    def __init__(self, config: Config, report: Report, options: LinkOptions, inquiry: Inquiry) -> None:
         self._config = config
         self._report = report
         self._options = options
-        self._arbiter = arbiter
+        self._inquiry = inquiry
+        self._authority = Authority(Standing.EMPTY, report.on_authority)
+        report.set_standing(Standing.EMPTY)
+        self._forced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._claimable = False  # the shadow could be started now
+        self._on_generation: Callable[[int], None] = lambda generation: None
         self._description: MachineDescription | None = None
         self._arrived: asyncio.Queue[Session] = asyncio.Queue()
         self._guarding = False
+
+    def on_generation(self, listener: Callable[[int], None]) -> None:
+        """Have the listener told of each session's generation, before anything is acknowledged in it."""
+        self._on_generation = listener
+
+    def force(self) -> str:
+        """Start the shadow whatever the arbiter says. Returns what will be done; raises TakeoverRefused."""
+        if not self._claimable or self._authority.standing not in (
+            Standing.GUARDING,
+            Standing.CLAIMING,
+            Standing.DOUBTING,
+        ):
+            raise TakeoverRefused(
+                f"there is no committed shadow here; this node is {self._report.machine.state}"
+            )
+        if not self._forced.done():
+            self._forced.set_result(None)
+        return "the shadow is being started; see ftd status"
 
     async def run(self) -> TakenOver | GuestEnded:
         """Wait for primaries and guard their guest.
@@ -155,6 +194,8 @@ class Backup:
 
     def _admit(self, hello: Hello) -> Welcome | Refusal:
         own = self._description
+        if not may_begin_session(self._authority.standing):
+            return Refusal(reason="the arbiter has not answered a question of this node; try again")
         if own is None or self._guarding:
             return Refusal(reason="the shadow is not ready; try again")
         try:
@@ -225,6 +266,10 @@ class Backup:
         report = self._report
         generation = session.hello.generation
         failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._on_generation(generation)
+        self._authority.on(Event.SYNC)
+        self._claimable = False
+        self._forced = asyncio.get_running_loop().create_future()
         report.set_generation(generation)
         report.peer_name, report.peer_connected = session.peer_node, True
         report.heartbeat_age = lambda: session.heartbeat_age
@@ -236,6 +281,8 @@ class Backup:
             report.epoch = frame.epoch + 1
             report.committed_epoch(frame.epoch)
             if frame.first:
+                self._authority.on(Event.COMMITTED)
+                self._claimable = True
                 report.end_sync()
                 report.machine.move(PairState.PROTECTED, f"epoch {frame.epoch} is committed")
             session.set_beat(report.machine.state.value, frame.epoch)
@@ -258,12 +305,13 @@ class Backup:
         messages = asyncio.ensure_future(self._listen(session))
         lost = asyncio.ensure_future(session.wait_lost())
         try:
-            ends: set[asyncio.Future[Any]] = {messages, lost, gone, failure}
+            ends: set[asyncio.Future[Any]] = {messages, lost, gone, failure, self._forced}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
                 with contextlib.suppress(FtdError):
                     await session.send(QemuLost(detail=f"it ended with status {qemu.exit_status}"))
                 await session.close("the shadow's QEMU has ended")
+                self._spoiled()
                 report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
                 return f"it ended with status {qemu.exit_status} while it held a shadow"
             if failure.done() and not lost.done():
@@ -272,25 +320,42 @@ class Backup:
                     await session.send(Resync(reason=failure.result()))
                 await session.close(failure.result())
                 await receiver.drain()
+                self._spoiled()
                 report.machine.move(PairState.WAITING, failure.result())
                 return None
             # What the primary said last decides; when the session ends, that is read before anything else.
             said = await messages if messages.done() or lost.done() else None
             decided = time.monotonic()
             if isinstance(said, GuestStopped):
+                self._authority.on(Event.ENDED)
                 await session.close("the guest has stopped")
                 await receiver.drain()
                 report.machine.move(PairState.STOPPED, f"the guest has stopped: {said.reason}")
                 return GuestEnded(said.reason)
-            loss = self._judge(session, said, decided)
+            if isinstance(said, Yield):
+                await self._wait_applied(shadow, said.epoch)
+                loss: _Loss | None
+                loss = _Loss("switchover", "asked for", decided, decided, said.running)
+                outcome = await self._take_over(loss, qemu, shadow, generation, gone)
+                if isinstance(outcome, TakenOver) and session.lost is None:
+                    with contextlib.suppress(FtdError):
+                        await session.send(TookOver(generation=outcome.generation))
+                    await session.close("took over")
+                return outcome
+            if self._forced.done() and said is None and session.lost is None:
+                session.abort("an operator has this side take over")
+                loss = _Loss("forced", "asked for by an operator", decided, decided)
+            else:
+                loss = self._judge(session, said, decided)
             if isinstance(said, QemuLost):
                 session.abort("its QEMU is lost: taking over")
             await receiver.drain()
             if loss is None:
                 reason = said.reason if isinstance(said, Goodbye) else str(session.lost)
+                self._spoiled()
                 report.machine.move(PairState.WAITING, f"the primary left: {reason}")
                 return None
-            return await self._take_over(loss, qemu, shadow, generation)
+            return await self._take_over(loss, qemu, shadow, generation, gone)
         except BaseException:
             if session.lost is None:
                 await session.close("this backup stops")
@@ -304,12 +369,17 @@ class Backup:
                 session.abort("this side is done with the session")
             await receiver.drain()
 
-    async def _listen(self, session: Session) -> GuestStopped | QemuLost | Goodbye | None:
+    def _spoiled(self) -> None:
+        self._claimable = False
+        if self._authority.knows(Event.SPOILED):
+            self._authority.on(Event.SPOILED)
+
+    async def _listen(self, session: Session) -> GuestStopped | QemuLost | Yield | Goodbye | None:
         """Return the message of the primary that ends this session, or None if it ended without one."""
         try:
             while True:
                 message = await session.receive()
-                if isinstance(message, GuestStopped | QemuLost | Goodbye):
+                if isinstance(message, GuestStopped | QemuLost | Yield | Goodbye):
                     return message
         except LinkLost:
             return None
@@ -320,6 +390,12 @@ class Backup:
             return _Loss("qemu-died", said.detail, decided, decided)
         lost = session.lost
         if isinstance(said, Goodbye) or lost is None:
+            return None
+        if not self._inquiry.decides and lost.stood_still_ns > session.heartbeat.limit_ms * 1_000_000:
+            # It is this side that was away, and the primary has gone on alone. There is nobody to ask.
+            _log.warning(
+                "this node itself stood still: it does not take over", seconds=lost.stood_still_ns / 1e9
+            )
             return None
         if lost.kind is LostKind.RESET:
             # The kernel of a host that lives says so at once: what was heard last is no measure of it.
@@ -349,9 +425,55 @@ class Backup:
 
     # ---- takeover -----------------------------------------------------------------------------------------
 
+    async def _wait_applied(self, shadow: Shadow, epoch: int) -> None:
+        """Return when the shadow is equal to an epoch that is acknowledged, while the session goes on."""
+        async with asyncio.timeout(30):
+            while (shadow.committed_epoch or 0) < epoch:  # noqa: ASYNC110 - the applier's thread is at it
+                await asyncio.sleep(0.001)
+
+    async def _claim(
+        self, generation: int, loss: _Loss, gone: asyncio.Future[int | None]
+    ) -> Outcome | str | None:
+        """Ask for the guest until the arbiter answers.
+
+        Returns its answer; None when the primary is back first; a text when the shadow's QEMU is lost.
+        """
+        report = self._report
+        while True:
+            if self._forced.done():
+                outcome = await self._inquiry.force(generation)
+                self._authority.on(Event.FORCED)
+                if not outcome.granted:
+                    _log.error("taken over by force, and the arbiter does not know", reason=outcome.reason)
+                    record = Record(generation=generation + 1, owner=self._config.node.name, state="solo")
+                    return Outcome(Event.GRANTED, outcome.reason, record)
+                return outcome
+            outcome = await self._inquiry.takeover(generation)
+            self._authority.on(outcome.event)
+            if outcome.event in (Event.GRANTED, Event.DENIED):
+                return outcome
+            report.machine.move(PairState.HELD, f"the primary is lost ({loss.detail}): {outcome.reason}")
+            self._guarding = False  # a primary that is back is welcome, if the standing allows it
+            try:
+                waits: set[asyncio.Future[Any]] = {gone, self._forced}
+                await asyncio.wait(waits, timeout=ASK_AGAIN_SECONDS)
+            finally:
+                self._guarding = True
+            if gone.done():
+                self._spoiled()
+                report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
+                return "it ended while the arbiter was being asked"
+            if not self._arrived.empty():
+                return None
+
     async def _take_over(
-        self, loss: _Loss, qemu: QemuProcess, shadow: Shadow, generation: int
-    ) -> TakenOver | str | None:
+        self,
+        loss: _Loss,
+        qemu: QemuProcess,
+        shadow: Shadow,
+        generation: int,
+        gone: asyncio.Future[int | None],
+    ) -> TakenOver | GuestEnded | str | None:
         report = self._report
         _log.warning(
             "the primary is lost",
@@ -359,10 +481,25 @@ class Backup:
             detail=loss.detail,
             applied_ms=round((time.monotonic() - loss.decided) * 1000, 1),
         )
+        if self._authority.standing is not Standing.EMPTY:
+            self._authority.on(Event.LOST)
         refusal = shadow.takeover_refusal()
         if refusal is None:
-            refusal = await self._arbiter.refusal_to_advance(generation)
+            outcome = await self._claim(generation, loss, gone)
+            if isinstance(outcome, str):
+                return outcome
+            if outcome is None:
+                return None  # the primary is back
+            if not outcome.granted:
+                refusal = outcome.reason
+                record = outcome.record
+                if record is not None and record.state == "stopped":
+                    report.machine.move(PairState.STOPPED, f"the guest has stopped: {record}")
+                    return GuestEnded(str(record))
+            elif outcome.record is not None:
+                generation = outcome.record.generation - 1
         if refusal is not None:
+            self._spoiled()
             report.metrics.takeovers_refused.inc()
             _log.error("takeover refused", reason=refusal)
             report.machine.move(PairState.WAITING, f"the primary is lost, and takeover is refused: {refusal}")
@@ -370,13 +507,18 @@ class Backup:
         epoch = shadow.committed_epoch
         assert epoch is not None
         try:
-            running = await start_shadow(qemu.monitor, shadow, self._config.machine.nic)
+            running = await start_shadow(qemu.monitor, shadow, self._config.machine.nic, resume=loss.resume)
         except TakeoverRefused as error:
             report.metrics.takeovers_refused.inc()
             report.machine.move(PairState.WAITING, str(error))
             return None
         except QemuError as error:
             report.metrics.takeovers_refused.inc()
+            if self._inquiry.decides:
+                raise QemuDied(
+                    f"this node has won the guest, and could not start it: {friendly(error)}; start the "
+                    "daemon again to have the guest boot here"
+                ) from None
             report.machine.move(PairState.WAITING, f"the shadow did not start: {friendly(error)}")
             return f"it did not take the state of epoch {epoch}: {friendly(error)}"
         report.set_generation(generation + 1)

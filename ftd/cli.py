@@ -1,4 +1,4 @@
-"""The command line: `ftd run`, `ftd status`, `ftd verify`, `ftd version`.
+"""The command line: `ftd run`, `ftd status`, `ftd verify`, `ftd switchover` and others, `ftd version`.
 
 Exit codes are those of ftd/errors.py; besides them 0 for success, 1 for `verify` that found differences, 2
 for a wrong command line (argparse's, the same as a wrong configuration), 130 after Ctrl-C and 143 after
@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import http.client
 import ipaddress
+import json
 import os
 import platform
 import signal
@@ -33,7 +34,7 @@ from pydantic import BaseModel, ValidationError
 
 from ftd import __version__, log
 from ftd.errors import FtdError, HostError, friendly
-from ftd.status import Failure, Status, VerifyReport
+from ftd.status import Done, Failure, Status, VerifyReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,6 +47,8 @@ DEFAULT_URL = "http://127.0.0.1:9105"
 _MAX_ANSWER = 4 * 1024 * 1024
 # The server gives up on a verification after 120 s, and says so.
 _VERIFY_PATIENCE = 130.0
+# And after 60 s on what operators ask for.
+_CONTROL_PATIENCE = 70.0
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -154,6 +157,29 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _control(arguments: argparse.Namespace) -> int:
+    body: dict[str, object] = {}
+    if arguments.action == "protect":
+        body = {"host": arguments.peer[0], "port": arguments.peer[1]}
+    elif arguments.action == "takeover":
+        if not arguments.force:
+            raise FtdError(
+                "a takeover by hand goes past the arbiter; if you know that the guest does not run on the "
+                "other host, and cannot, say --force"
+            )
+        body = {"force": True}
+    done = _ask(
+        Done,
+        _url(arguments),
+        f"/{arguments.action}",
+        method="POST",
+        timeout=_CONTROL_PATIENCE,
+        body=json.dumps(body).encode(),
+    )
+    print(done.model_dump_json() if arguments.json else done.detail)
+    return 0
+
+
 def _version(arguments: argparse.Namespace) -> int:
     print(f"ftd {__version__}")
     print(f"Python {platform.python_version()} ({sys.executable})")
@@ -201,14 +227,16 @@ def _url(arguments: argparse.Namespace) -> str:
     return f"http://{host}:{settings.port}"
 
 
-def _ask(model: type[AnyModel], url: str, path: str, *, timeout: float, method: str = "GET") -> AnyModel:
+def _ask(
+    model: type[AnyModel], url: str, path: str, *, timeout: float, method: str = "GET", body: bytes = b""
+) -> AnyModel:
     """Return the daemon's answer. Raises HostError when none comes, FtdError when it says no or nonsense."""
-    request = urllib.request.Request(url + path, method=method, data=b"" if method == "POST" else None)
+    request = urllib.request.Request(url + path, method=method, data=body if method == "POST" else None)
     # A proxy from the environment is never meant for a daemon on this or the next host.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout) as answer:
-            body = answer.read(_MAX_ANSWER)
+            told = answer.read(_MAX_ANSWER)
     except urllib.error.HTTPError as refusal:
         with refusal, contextlib.suppress(OSError, http.client.HTTPException):
             raise FtdError(_refusal(url, refusal.code, refusal.read(_MAX_ANSWER))) from None
@@ -223,7 +251,7 @@ def _ask(model: type[AnyModel], url: str, path: str, *, timeout: float, method: 
         cause = _plain(reason if isinstance(reason, BaseException) else error)
         raise HostError(f"no answer from {url}: {cause}; is `ftd run` running there?") from None
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(told)
     except ValidationError:
         raise FtdError(f"{url}{path} answered with something else; is that ftd's [http] port?") from None
 
@@ -361,6 +389,19 @@ def _positive(text: str) -> float:
 _positive.__name__ = "number of seconds (above 0, at most 3600)"  # argparse puts this into its message
 
 
+def _host_and_port(text: str) -> tuple[str, int | None]:
+    host, colon, port = text.rpartition(":")
+    if not colon or (":" in host and not text.startswith("[")):
+        host, port = text, ""
+    host = host.strip("[]")
+    if not host or (colon and port and not 1 <= int(port) <= 65535):
+        raise ValueError(text)
+    return host, int(port) if port else None
+
+
+_host_and_port.__name__ = "address (such as 10.0.0.3 or 10.0.0.3:7788)"
+
+
 def _checked_url(text: str) -> str:
     parts = urlsplit(text)
     parts.port  # noqa: B018 - raises ValueError when it is none
@@ -370,6 +411,37 @@ def _checked_url(text: str) -> str:
 
 
 _checked_url.__name__ = "URL (such as http://127.0.0.1:9105)"
+
+
+_ACTIONS = (
+    (
+        "switchover",
+        "have the backup take over now: planned, and nothing is lost",
+        "Ask the primary. The guest is stopped, its last epoch is committed, and the backup starts it; this "
+        "host becomes the backup.",
+    ),
+    (
+        "takeover",
+        "have this node take the guest without the arbiter's consent: dangerous",
+        "For a pair whose arbiter is gone for good. Ask the node that is `held` (or a backup that is "
+        "`protected`): it starts its shadow, or lets its guest's output go, and tells the arbiter if that "
+        "answers. DANGER: if the guest still runs on the other host, there are two of it afterwards, which "
+        "both answer; what one of them has confirmed to its clients is lost. Switch the other off first.",
+    ),
+    (
+        "pause-protection",
+        "go on without a backup",
+        "Ask the primary. It asks the arbiter for the authority to go on alone, and looks for no backup "
+        "until `ftd resume-protection`, or until the daemon is started anew.",
+    ),
+    ("resume-protection", "look for the backup again", "Ask the primary, after `ftd pause-protection`."),
+    (
+        "protect",
+        "have another backup, while the guest runs",
+        "Ask the primary. It leaves its present backup and copies the guest to another, until the daemon is "
+        "started anew: change [link] peer as well.",
+    ),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -422,6 +494,22 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask the primary. Exit code 0: equal; 1: different, or could not be compared.",
     )
     verify.set_defaults(command=_verify)
+
+    for action, short, long in _ACTIONS:
+        command = commands.add_parser(action, parents=[common, asking], help=short, description=long)
+        command.set_defaults(command=_control, action=action)
+        if action == "takeover":
+            command.add_argument(
+                "--force", action="store_true", help="yes, although two guests may run afterwards"
+            )
+        elif action == "protect":
+            command.add_argument(
+                "--peer",
+                metavar="HOST[:PORT]",
+                type=_host_and_port,
+                required=True,
+                help="where the new backup's daemon listens",
+            )
 
     version = commands.add_parser(
         "version", parents=[common], help="show the versions of ftd, Python and QEMU"

@@ -483,14 +483,56 @@ class Http(_Section):
 class Arbiter(_Section):
     """Who decides which side may run the guest when the two lose sight of each other."""
 
-    kind: Literal["none"] = Field(
+    kind: Literal["etcd", "file", "none"] = Field(
         default="none",
-        description="`none`: nobody. Each side believes its own eyes: when only the link between the two "
-        "fails, both run the guest. Default: none.",
+        description="`etcd`: a key of an etcd cluster, best with three members of which at most one is on a "
+        "host of the pair. `file`: a folder that both hosts mount. `none`: nobody. Each side believes its "
+        "own eyes: when only the link between the two fails, both run the guest. Default: none.",
+    )
+    pair: str = Field(
+        default="",
+        pattern=r"^([a-z0-9][a-z0-9-]{0,31})?$",
+        description="Name of the pair, the same on both nodes and no other pair's with this arbiter: "
+        "lower-case letters, digits and dashes, at most 32. Needed with etcd and file.",
     )
     accept_split_brain: bool = Field(
         default=False,
         description="Says that you know what `none` means. Required to be true with it. Default: false.",
+    )
+    timeout_ms: int = Field(
+        default=1000,
+        ge=50,
+        le=60_000,
+        description="Milliseconds for one question. Without an answer this side holds the guest's output "
+        "and asks again; too short a time asks an arbiter that is only busy again and again. Default: 1000.",
+    )
+    endpoints: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description='Client URLs of etcd\'s members: ["https://10.0.0.3:2379", …]. One that answers is '
+        "enough; the next is asked when one has been silent for 150 ms. Needed with etcd.",
+    )
+    authority: ConfigPath | None = Field(
+        default=None,
+        description="Certificate of the authority that must have signed etcd's, a PEM file. Default: the "
+        "authorities that this host trusts.",
+    )
+    certificate: ConfigPath | None = Field(
+        default=None,
+        description="This node's certificate for etcd, a PEM file, if etcd asks for one. Default: none.",
+    )
+    key: ConfigPath | None = Field(
+        default=None, description="The private key of `certificate`, a PEM file. Default: none."
+    )
+    user: str = Field(default="", max_length=255, description="User of etcd, if it has users. Default: none.")
+    password_file: ConfigPath | None = Field(
+        default=None,
+        description="File whose first line is the password of `user`; readable by ftd alone. Default: none.",
+    )
+    folder: ConfigPath | None = Field(
+        default=None,
+        description="Folder on storage that both hosts mount, and that neither of them serves. Needed with "
+        "file.",
     )
 
     @model_validator(mode="after")
@@ -498,10 +540,56 @@ class Arbiter(_Section):
         if self.kind == "none" and not self.accept_split_brain:
             raise _WrongError(
                 "accept_split_brain",
-                "without an arbiter a broken link lets both nodes run the guest; "
-                "set [arbiter] accept_split_brain = true if you accept that",
+                "without an arbiter a broken link lets both nodes run the guest; set [arbiter] kind to etcd "
+                "or file, or accept_split_brain = true if you accept that",
             )
+        if self.kind != "none" and self.accept_split_brain:
+            raise _WrongError(
+                "accept_split_brain",
+                f'has no place beside kind = "{self.kind}", which lets no brain split; remove it',
+            )
+        if self.kind != "none" and not self.pair:
+            raise _WrongError("pair", f'is needed with kind = "{self.kind}"; give the pair a name')
+        own: dict[str, tuple[str, object]] = {
+            "endpoints": ("etcd", self.endpoints),
+            "authority": ("etcd", self.authority),
+            "certificate": ("etcd", self.certificate),
+            "key": ("etcd", self.key),
+            "user": ("etcd", self.user),
+            "password_file": ("etcd", self.password_file),
+            "folder": ("file", self.folder),
+        }
+        for name, (kind, value) in own.items():
+            if value and kind != self.kind:
+                raise _WrongError(name, f'belongs to kind = "{kind}" and this is "{self.kind}"; remove it')
+        if self.kind == "file" and self.folder is None:
+            raise _WrongError("folder", "is missing; give a folder on storage that both hosts mount")
+        if self.kind == "etcd":
+            self._check_etcd()
         return self
+
+    def _check_etcd(self) -> None:
+        if not self.endpoints:
+            raise _WrongError("endpoints", 'is missing; give etcd\'s client URLs: ["http://10.0.0.3:2379"]')
+        for number, endpoint in enumerate(self.endpoints):
+            if not re.fullmatch(r"https?://[^\s/?#@]+/?", endpoint):
+                raise _WrongError(
+                    f"endpoints.{number}", "is no URL of an etcd member; give http(s)://HOST:PORT"
+                )
+        secure = [endpoint.startswith("https://") for endpoint in self.endpoints]
+        if any(secure) != all(secure):
+            raise _WrongError("endpoints", "mixes http and https; give URLs of one kind")
+        if not all(secure):
+            for name in ("authority", "certificate", "key"):
+                if getattr(self, name) is not None:
+                    raise _WrongError(name, "is of no use with http:// endpoints; give https:// ones")
+        for one, other in (("certificate", "key"), ("key", "certificate")):
+            if getattr(self, one) is not None and getattr(self, other) is None:
+                raise _WrongError(other, f"is missing; {one} needs it")
+        if self.user and self.password_file is None:
+            raise _WrongError("password_file", "is missing; user needs it")
+        if self.password_file is not None and not self.user:
+            raise _WrongError("user", "is missing; password_file is a user's")
 
 
 class Config(_Section):
@@ -600,6 +688,10 @@ def check_files(config: Config) -> None:
         "[machine] qemu": config.machine.qemu,
         "[machine] kernel": config.machine.kernel,
         "[machine] initrd": config.machine.initrd,
+        "[arbiter] authority": config.arbiter.authority,
+        "[arbiter] certificate": config.arbiter.certificate,
+        "[arbiter] key": config.arbiter.key,
+        "[arbiter] password_file": config.arbiter.password_file,
     }
     problems = []
     for key, path in named.items():

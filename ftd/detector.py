@@ -76,6 +76,10 @@ class HeartbeatDetector:
             self.verdict = Verdict.SUSPECT
         return self.verdict
 
+    def stood_still_ns(self, now_ns: int) -> int:
+        """How long this side itself has not looked, beyond what is usual, as of now."""
+        return max(0, now_ns - self._last_tick_ns - self.period_ns)
+
     @property
     def silence_ns(self) -> int:
         """Silence counted so far, as of the last tick."""

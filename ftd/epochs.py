@@ -22,14 +22,23 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ftd import log
 from ftd.config import Config
 from ftd.errors import FtdError, QemuDied, QemuError
 from ftd.frame import U64Array, listed_pages
 from ftd.link import Session
-from ftd.messages import Ack, GuestStopped, QemuLost, Resync, SyncProgress, VerifyResult
+from ftd.messages import (
+    Ack,
+    GuestStopped,
+    QemuLost,
+    Resync,
+    SyncProgress,
+    TookOver,
+    VerifyResult,
+    Yield,
+)
 from ftd.metrics import PAUSE_PARTS
 from ftd.monitor import Event, Monitor
 from ftd.pacing import AutoPace, FixedPace, Limits
@@ -51,6 +60,9 @@ SMALL_ENOUGH = 0.25  # of a slot
 # that stands still lets it pass.
 PAUSE_LIMIT_MS = 2000
 
+# A backup that was asked to take over has its arbiter's time limit for it, and a moment to start the guest.
+YIELD_SECONDS = 10.0
+
 # Timers of asyncio are up to a millisecond late, since epoll counts in milliseconds: with this, an epoch is
 # as long as configured on average.
 TIMER_LATENESS = 0.0005
@@ -64,6 +76,20 @@ ACCOUNT_AFTER = 0.002
 PRESSURE = 0.75
 
 
+class Fence(Protocol):
+    """What the primary says about authority; the rules are in ftd/authority.py."""
+
+    def on_first_commit(self) -> None:
+        """The backup holds the guest: from now on this side may be deposed."""
+
+    async def pair(self) -> None:
+        """Return when the backup may be relied on. Raises FtdError when this side has lost the guest."""
+
+    def release_at_the_end(self, committed: bool) -> bool:
+        """Protection over this session has ended: say whether all that is held may go at once."""
+        ...
+
+
 class ProtectionLost(FtdError):  # noqa: N818 - names what happened
     """Protection over this session has ended; the guest runs on. The text says why.
 
@@ -74,6 +100,13 @@ class ProtectionLost(FtdError):  # noqa: N818 - names what happened
         super().__init__(reason)
         self.resync = resync
         self.aborted = aborted
+
+
+class Yielded(ProtectionLost):
+    """The backup has taken over, as it was asked to."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, resync=False, aborted="stopped")
 
 
 @dataclass
@@ -118,14 +151,14 @@ class Protection:
         generation: int,
         first_epoch: int,
         *,
-        held_before: bool,
+        fence: Fence,
     ) -> None:
         self._config = config
         self._report = report
         self._monitor = monitor
         self._session = session
         self._generation = generation
-        self._held_before = held_before
+        self._fence = fence
         self._epoch = first_epoch  # that the guest is in now
         self._staging: Staging | None = None
         self._sender: Sender | None = None
@@ -147,6 +180,9 @@ class Protection:
         self._release: int | None = None  # eventfd: QEMU releases as many epochs as are added to it
         self._acknowledged: dict[int, int] = {}  # when epochs were, monotonic ns
         self._over = False
+        self._yielding = False
+        # Whether the guest stands still since it was to be handed over, and ran before.
+        self.stopped_guest = False
         self._verify_next = False
         self._verifying: dict[int, asyncio.Future[VerifyReport]] = {}
 
@@ -203,11 +239,48 @@ class Protection:
         began, _ = await self._checkpoint()
         await self._wait_for(lambda: first not in self._in_flight)
         self._report.end_sync()
+        # The arbiter may be slow, and the guest's epochs go on.
+        pairing = asyncio.ensure_future(self._pair(first))
+        try:
+            while True:
+                if pairing.done():
+                    pairing.result()
+                    if self._yielding:
+                        await self._hand_over()
+                began = await self._run_epoch(began)
+        finally:
+            pairing.cancel()
+
+    async def _pair(self, first: int) -> None:
+        await self._fence.pair()
         self._report.machine.move(
             PairState.PROTECTED, f"epoch {first} is committed on {self._session.peer_node}"
         )
-        while True:
-            began = await self._run_epoch(began)
+
+    def yield_guest(self) -> None:
+        """Have the backup take over after one more checkpoint, with the guest stopped: nothing is lost."""
+        self._yielding = True
+        self._pressure = True
+        self._changed.set()
+
+    async def _hand_over(self) -> None:
+        """Stop the guest, have its last epoch committed, and ask the backup to start it.
+
+        Always ends in an exception: Yielded by `_listen`, or one that says why there was no answer.
+        """
+        running = bool((await self._monitor.execute("query-status"))["running"])
+        await self._monitor.execute("stop")
+        self.stopped_guest = running
+        last = self._epoch
+        await self._checkpoint()
+        await self._wait_for(lambda: last not in self._in_flight)
+        await self._session.send(Yield(epoch=last, running=running))
+        await asyncio.sleep(YIELD_SECONDS)
+        raise ProtectionLost(
+            f"{self._session.peer_node} did not take the guest within {YIELD_SECONDS:g} s",
+            resync=False,
+            aborted="stopped",
+        )
 
     async def _begin(self) -> None:
         config = self._config
@@ -468,6 +541,8 @@ class Protection:
                         resync=False,
                         aborted="link",
                     )
+                case TookOver(generation=generation):
+                    raise Yielded(f"{self._session.peer_node} has the guest, generation {generation}")
                 case GuestStopped(reason=reason):
                     _log.warning("a backup said that the guest has stopped; ignored", reason=reason)
                 case _:
@@ -484,9 +559,19 @@ class Protection:
                 resync=True,
                 aborted="invalid",
             )
+        # A side that stood still may have been deposed meanwhile, and asks before it says another word.
+        still = self._session.stood_still
+        if still * 1000 > self._session.heartbeat.limit_ms:
+            raise ProtectionLost(
+                f"this side itself stood still for {still:.2f} s: the backup may have taken over",
+                resync=False,
+                aborted="link",
+            )
         # Before anything else: clients wait for this.
         assert self._release is not None
         os.eventfd_write(self._release, 1)
+        if not self.committed:
+            self._fence.on_first_commit()
         self._acknowledged[ack.epoch] = arrived
         self.committed = True
         del self._in_flight[ack.epoch]
@@ -550,16 +635,13 @@ class Protection:
         if self._sender is not None:
             await self._sender.close()
         with contextlib.suppress(QemuError):
-            await self._monitor.execute("x-ft-end", output="release" if self._may_release() else "hold")
+            release = self._fence.release_at_the_end(self.committed)
+            await self._monitor.execute("x-ft-end", output="release" if release else "hold")
         self._report.no_output()
         if self._release is not None:
             os.close(self._release)
         if self._staging is not None:
             self._staging.close()
-
-    def _may_release(self) -> bool:
-        """Whether the end of protection lets output go: not if it was held already when protection began."""
-        return self.committed or not self._held_before
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

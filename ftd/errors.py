@@ -8,6 +8,10 @@
           |    +-- QemuDied  7  it is gone; the backup has the guest, so nothing may be started in its place
           +-- PeerError      5  the other side's: incompatible, or it refused us
           +-- TakeoverRefused 6 nobody's: the shadow may not be started here
+          +-- Deposed        1  nobody's: the other side has the guest; handled, never the end of the daemon
+          +-- ArbiterError   8  the arbiter's: it does not answer, refuses us, or knows less than we do
+          |    +-- ArbiterUnreachable  8  no answer; asked again, and never the end of a daemon with a guest
+          |    +-- ArbiterStale        8  its data are older than this node's: a person has to look
           +-- LinkError      1  the connection to the peer broke; handled, never the end of the daemon
           +-- FrameError     1  the bytes of a frame are not a frame; the shadow was not touched
 
@@ -82,6 +86,28 @@ class TakeoverRefused(FtdError):  # noqa: N818 — the name says what happened
     """The shadow may not be started: nothing is committed, it is damaged, or another side has the guest."""
 
     exit_code = 6
+
+
+class Deposed(FtdError):  # noqa: N818 - the name says what happened
+    """The other side has the guest; the one here was killed. This node becomes the backup."""
+
+
+class ArbiterError(FtdError):
+    """The arbiter refuses us, or answers with what is no answer. Nothing was changed by the question."""
+
+    exit_code = 8
+
+
+class ArbiterUnreachable(ArbiterError):  # noqa: N818 - the name says what happened
+    """The arbiter gave no answer in time. in_doubt: a write was sent, and may take effect now or later."""
+
+    def __init__(self, message: str, *, in_doubt: bool = False) -> None:
+        super().__init__(message)
+        self.in_doubt = in_doubt
+
+
+class ArbiterStale(ArbiterError):  # noqa: N818 - the name says what happened
+    """The arbiter's record is older than what this node has seen: it was restored, or emptied."""
 
 
 class LinkError(FtdError):

@@ -6,9 +6,11 @@
     GET  /healthz  200 while the process is alive and its event loop on time; 503: a restart would help
     GET  /readyz   200 while the guest is protected, or alone by intent; 503 says why not
     POST /verify   compare all memory at the next epoch's end and answer with the result
+    POST /switchover, /takeover, /pause-protection, /resume-protection, /protect
+                   what operators ask for; a JSON object with arguments, or nothing
 
 A failure is JSON: {"error": "one line"}. There are no passwords here: by default it listens on this host
-only, and everything but /verify only reads.
+only, and what is asked for by POST must come from it.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ftd import log
 from ftd.errors import FtdError, HostError, friendly
@@ -40,6 +43,11 @@ _LAG_WINDOW = 10.0
 # From here on the loop is unhealthy: heartbeats of the default settings (300 ms) would have been missed
 # threefold.
 LAG_LIMIT = 1.0
+
+# A switchover waits for an epoch, the arbiter and the start of the guest.
+CONTROL_TIMEOUT = 60.0
+
+ACTIONS = ("switchover", "takeover", "pause-protection", "resume-protection", "protect")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -130,6 +138,54 @@ class _Api:
             self._verifying = False
         return _json(report)
 
+    async def control(self, request: web.Request) -> web.Response:
+        refuse_other_sites(request)
+        refuse_other_hosts(request)
+        action = request.path.strip("/")
+        try:
+            body = await request.read()
+            arguments = Arguments.model_validate_json(body or b"{}")
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the body"
+            return _failure(400, f"{where}: {first['msg']}; give a JSON object such as {{}}")
+        if action == "protect" and not arguments.host:
+            return _failure(400, 'host: is missing; give the address of the new backup: {"host": "10.0.0.3"}')
+        if action == "takeover" and not arguments.force:
+            return _failure(
+                409,
+                "takeover by hand is without the arbiter's consent; read `ftd takeover --help`, then --force",
+            )
+        try:
+            done = await asyncio.wait_for(
+                self._source.control(action, arguments.model_dump()), CONTROL_TIMEOUT
+            )
+        except TimeoutError:
+            return _failure(504, f"{action}: no result within {CONTROL_TIMEOUT:.0f} s; see ftd status")
+        except FtdError as error:
+            return _failure(409, str(error))
+        return _json(done)
+
+
+class Arguments(BaseModel):
+    """Body of a POST of what an operator asks for. host, port: of `protect`; force: of `takeover`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    host: str = Field(default="", max_length=255, pattern=r"^[\w.:-]*$")
+    port: int | None = Field(default=None, ge=1, le=65535)
+    force: bool = False
+
+
+def refuse_other_hosts(request: web.Request) -> None:
+    """Refuse what would change something and does not come from this host; there are no passwords."""
+    try:
+        here = ipaddress.ip_address(request.remote or "").is_loopback
+    except ValueError:
+        here = False
+    if not here:
+        raise web.HTTPForbidden(text=f"{request.path} is taken from this host only, not {request.remote}")
+
 
 def refuse_other_sites(request: web.Request) -> None:
     """Refuse a request that a page of another site made in somebody's browser; `ftd verify` sends no
@@ -156,7 +212,8 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
             raise
         text = refusal.text or refusal.reason
         if isinstance(refusal, web.HTTPNotFound):
-            text = f"nothing at {request.path}; there are /, /status, /metrics, /healthz, /readyz and /verify"
+            text = f"nothing at {request.path}; there are /, /status, /metrics, /healthz, /readyz, /verify "
+            text += "and what operators ask for: " + ", ".join(f"/{action}" for action in ACTIONS)
         elif isinstance(refusal, web.HTTPMethodNotAllowed):
             text = f"{request.path} takes {', '.join(sorted(refusal.allowed_methods))}, not {request.method}"
         response = _failure(refusal.status, text)
@@ -183,6 +240,7 @@ def create_app(source: StatusSource, metrics: Metrics) -> web.Application:
             web.get("/healthz", api.healthz),
             web.get("/readyz", api.readyz),
             web.post("/verify", api.verify),
+            *(web.post(f"/{action}", api.control) for action in ACTIONS),
         ]
     )
     return app

@@ -119,6 +119,8 @@ class LostReason:
     connection: Connection | Literal["session"]
     last_heard_ns: int
     decided_ns: int
+    # How long this side itself had stood still when the session ended.
+    stood_still_ns: int = 0
 
     @property
     def planned(self) -> bool:
@@ -280,6 +282,11 @@ class Session:
         """What the detector thinks of the peer."""
         return self._detector.verdict
 
+    @property
+    def stood_still(self) -> float:
+        """Seconds for which this side itself has not run, beyond what is usual: frozen, or starved."""
+        return self._detector.stood_still_ns(self._clock()) / 1e9
+
     def traffic(self) -> Mapping[Connection, tuple[int, int]]:
         """Bytes sent and received so far on each connection, without TLS's own."""
         return {
@@ -387,8 +394,14 @@ class Session:
         if self.lost is not None:
             return
         self._hear_progress()
+        now = self._clock()
         self.lost = LostReason(
-            kind, one_line(detail), connection, self._detector.last_heard_ns, self._clock()
+            kind,
+            one_line(detail),
+            connection,
+            self._detector.last_heard_ns,
+            now,
+            max(self._detector.stood_still_ns(now), self._detector.lateness_ns),
         )
         for timer in self._timers:
             timer.cancel()

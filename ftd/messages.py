@@ -4,7 +4,7 @@ A message names its `kind`. Kinds and fields that are not known are refused, as 
 receiver never has to guess. Texts are for people: they are made one line and cut to TEXT_LIMIT on both sides.
 
     handshake   Hello → Welcome | Refusal        first on each connection
-    control     Ack, SyncProgress, VerifyResult, GuestStopped, QemuLost, Resync, Goodbye
+    control     Ack, SyncProgress, VerifyResult, GuestStopped, QemuLost, Resync, Yield, TookOver, Goodbye
     heartbeat   Heartbeat, Goodbye
 """
 
@@ -166,6 +166,24 @@ class Resync(_Model):
     reason: Text
 
 
+class Yield(_Model):
+    """The primary has stopped the guest after `epoch`, which is committed, and wants the backup to have it.
+
+    running: whether the guest ran before, and is to run again.
+    """
+
+    kind: Literal["yield"] = "yield"
+    epoch: Number
+    running: bool
+
+
+class TookOver(_Model):
+    """The backup has the guest now, in this generation."""
+
+    kind: Literal["took-over"] = "took-over"
+    generation: Number
+
+
 class Goodbye(_Model):
     """The sender leaves as planned. Last message on control and on heartbeat."""
 
@@ -189,7 +207,9 @@ class Heartbeat(_Model):
 # ---- to and from bytes -----------------------------------------------------------------------------------
 
 HandshakeMessage = Hello | Welcome | Refusal
-ControlMessage = Ack | SyncProgress | VerifyResult | GuestStopped | QemuLost | Resync | Goodbye
+ControlMessage = (
+    Ack | SyncProgress | VerifyResult | GuestStopped | QemuLost | Resync | Yield | TookOver | Goodbye
+)
 HeartbeatMessage = Heartbeat | Goodbye
 Message = HandshakeMessage | ControlMessage | Heartbeat
 

@@ -25,6 +25,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from ftd import __version__
+from ftd.authority import Standing
 from ftd.state import ROLES, PairState, Role
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -47,11 +48,18 @@ REJECTIONS: tuple[Rejection, ...] = ("garbage", "tls", "incompatible", "refused"
 AbortReason = Literal["link", "abandoned", "invalid", "stopped"]
 ABORT_REASONS: tuple[AbortReason, ...] = ("link", "abandoned", "invalid", "stopped")
 
-Trigger = Literal["connection-reset", "qemu-died", "silence", "switchover"]
-TRIGGERS: tuple[Trigger, ...] = ("connection-reset", "qemu-died", "silence", "switchover")
+Trigger = Literal["connection-reset", "qemu-died", "silence", "switchover", "forced"]
+TRIGGERS: tuple[Trigger, ...] = ("connection-reset", "qemu-died", "silence", "switchover", "forced")
 
-Warning_ = Literal["accept_split_brain", "insecure_link", "output_not_held"]
-WARNINGS: tuple[Warning_, ...] = ("accept_split_brain", "insecure_link", "output_not_held")
+ArbiterAnswer = Literal["granted", "denied", "silent", "doubt"]
+ARBITER_ANSWERS: tuple[ArbiterAnswer, ...] = ("granted", "denied", "silent", "doubt")
+
+Warning_ = Literal[
+    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale"
+]
+WARNINGS: tuple[Warning_, ...] = (
+    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale"
+)  # fmt: skip
 
 # ---- buckets ---------------------------------------------------------------------------------------------
 
@@ -97,6 +105,9 @@ COMMIT_BUCKETS = (
     5,
     10,
 )
+
+# One trip to the arbiter: a few ms where it writes to a fast disk, tens on a slow one, up to `timeout_ms`.
+ARBITER_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1, 2, 5)
 
 # Releasing is one QMP call, about 0.8 ms; anything above 10 ms means that the event loop was late.
 RELEASE_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.05, 0.2, 1)
@@ -277,6 +288,29 @@ class Metrics:
             "primary.",
             role=ROLES,
         )
+        self.state_moves = self._counter(
+            "ftd_pair_state_moves_total",
+            "Moves of this node into a state.",
+            state=[state.value for state in PairState],
+        )
+        self.standing = self._gauge(
+            "ftd_authority_standing",
+            "Standing of this node towards the arbiter: 1 for the one it has, 0 for the others. alone: "
+            "all of the guest's output may go; paired: what is committed; asking, unsure: none, until the "
+            "arbiter answers; claiming, doubting: a backup asks for the guest.",
+            standing=[standing.value for standing in Standing],
+        )
+        self.arbiter_questions = self._counter(
+            "ftd_arbiter_questions_total",
+            "Questions to the arbiter by what came of them. silent: no answer, and nothing was changed; "
+            "doubt: no answer, and it may have been carried out.",
+            answer=ARBITER_ANSWERS,
+        )
+        self.arbiter_answer = self._histogram(
+            "ftd_arbiter_answer_seconds",
+            "How long a question took, those that were not answered included.",
+            ARBITER_BUCKETS,
+        )
         self.generation = self._gauge(
             "ftd_generation",
             "Generation of the authority that this node knows of; it grows when authority moves.",
@@ -331,9 +365,11 @@ class Metrics:
         # The daemon
         self.warnings = self._gauge(
             "ftd_warning",
-            "1 while something in the configuration gives a promise away. accept_split_brain: no arbiter, "
+            "1 while a promise is given away. accept_split_brain: no arbiter, "
             "both sides may run the guest after a network failure; insecure_link: the link is not "
-            "encrypted; output_not_held: network output leaves before its epoch is committed.",
+            "encrypted; output_not_held: network output leaves before its epoch is committed; "
+            "arbiter_unreachable: it did not answer the last question; arbiter_stale: it is older than this "
+            "node, and is not believed.",
             warning=WARNINGS,
         )
         self.loop_lag = self._gauge(
@@ -362,6 +398,7 @@ class Metrics:
         self.epoch_slowdown.set(math.nan)
         self.epoch_added_latency.set(math.nan)
         self.set_state(PairState.WAITING)
+        self.set_standing(Standing.EMPTY)
 
     # ---- observing ---------------------------------------------------------------------------------------
 
@@ -415,6 +452,11 @@ class Metrics:
             return math.nan if seconds is None else seconds
 
         self.heartbeat_age.set_function(value)
+
+    def set_standing(self, standing: Standing) -> None:
+        """Show the standing towards the arbiter."""
+        for each in Standing:
+            self.standing.labels(standing=each.value).set(each is standing)
 
     def count_takeover(self, trigger: Trigger, *, detection: float, activation: float, total: float) -> None:
         """Count a takeover that this node made; durations in seconds."""

@@ -1,7 +1,7 @@
 """The node: the one place where the parts are put together, and the order in which they start and stop.
 
-    start    certificates → HTTP → QEMU (guest or shadow) → READY
-    run      primary, or backup; a backup that took over goes on as the primary
+    start    certificates → HTTP → arbiter → QEMU (guest or shadow) → READY
+    run      primary, or backup; who took over goes on as primary, who was deposed as backup
     stop     take leave of the peer → let go of the guest, or end the shadow → HTTP
 
 The guest is never stopped by the daemon's end, however that comes.
@@ -13,13 +13,28 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from ftd import http, log
-from ftd.arbiter import NoArbiter
-from ftd.backup import Backup, TakenOver
+from ftd.arbiter import NoArbiter, Record
+from ftd.arbiters import open_arbiter
+from ftd.authority import Decision, Standing, Start, at_start
+from ftd.backup import Backup, GuestEnded, TakenOver
 from ftd.config import Config
 from ftd.durable import Durable, Memory
-from ftd.errors import FtdError, HostError, QemuDied, QemuError, friendly
+from ftd.errors import (
+    ArbiterError,
+    ArbiterStale,
+    Deposed,
+    FtdError,
+    HostError,
+    QemuDied,
+    QemuError,
+    TakeoverRefused,
+    friendly,
+)
+from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions
 from ftd.messages import HeartbeatSettings
 from ftd.metrics import Metrics
@@ -28,7 +43,7 @@ from ftd.primary import Primary, start_guest
 from ftd.qemu import QemuProcess, RunFiles, is_running
 from ftd.report import Report
 from ftd.state import Move, PairState, Role
-from ftd.status import Status, VerifyReport
+from ftd.status import Done, Status, VerifyReport
 from ftd.tls import TlsFiles, load_identity
 
 _log = log.get(__name__)
@@ -36,6 +51,13 @@ _log = log.get(__name__)
 # Threads that move bulk data give the event loop, and so acknowledgements and heartbeats, the interpreter
 # back after this many seconds; Python's default of 5 ms is the length of a short epoch.
 SWITCH_INTERVAL_SECONDS = 0.0005
+
+# Between two looks at an arbiter that does not answer.
+ASK_AGAIN_SECONDS = 0.5
+
+# A backup that could take over has done so within this, or is not there: its
+# detection (0.3 s by default) began before this node's daemon did.
+GRACE_SECONDS = 10.0
 
 # For hosts that do not let the daemon have real-time priority.
 NICENESS = -10
@@ -51,7 +73,10 @@ class Node:
         self._report = Report(config, Metrics(), role)
         # It took over, and serves alone by intent until there is a backup.
         self._report.solo_intended = role != config.node.role
+        self._inquiry = Inquiry(open_arbiter(config.arbiter), self._report, config.node.name)
+        self._known = self._durable.read().generation
         self._primary: Primary | None = None
+        self._backup: Backup | None = None
         self._notifier = Notifier.from_environment()
         self._report.machine.listen(self._tell_systemd)
 
@@ -71,6 +96,26 @@ class Node:
             raise FtdError(f"{self._config.node.name} is a backup; ask the primary to verify")
         return await self._primary.verify()
 
+    async def control(self, action: str, arguments: Mapping[str, Any]) -> Done:
+        """Carry out what an operator asks for. Raises FtdError that says why not."""
+        if action == "takeover":
+            if self._backup is not None:
+                return Done(detail=self._backup.force())
+            if self._primary is not None:
+                return Done(detail=self._primary.force())
+            raise TakeoverRefused(f"there is nothing to take over with: {self._report.machine.reason}")
+        if self._primary is None:
+            raise FtdError(f"{self._config.node.name} does not run the guest; ask the primary")
+        match action:
+            case "switchover":
+                return Done(detail=await self._primary.switchover())
+            case "pause-protection":
+                return Done(detail=self._primary.pause_protection())
+            case "resume-protection":
+                return Done(detail=self._primary.resume_protection())
+            case _:
+                return Done(detail=self._primary.protect(str(arguments["host"]), arguments.get("port")))
+
     # ---- life ---------------------------------------------------------------------------------------------
 
     async def run(self) -> int:
@@ -87,9 +132,7 @@ class Node:
         )
         watchdog = asyncio.create_task(self._notifier.watch(self.why_unhealthy))
         try:
-            if self._role == "backup":
-                return await self._run_backup(options)
-            return await self._run_primary(options)
+            return await self._live(options)
         except asyncio.CancelledError:
             self._notifier.stopping("told to stop; the guest is not touched")
             raise
@@ -99,43 +142,154 @@ class Node:
             watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watchdog
+            await self._inquiry.arbiter.close()
             await server.close()
 
-    async def _run_backup(self, options: LinkOptions) -> int:
-        backup = Backup(self._config, self._report, options, NoArbiter())
+    async def _live(self, options: LinkOptions) -> int:
+        """Play one part after the other, until the guest has ended."""
+        lost: QemuDied | None = None  # the guest ran here, and its QEMU is gone
+        while True:
+            if not self._inquiry.decides:
+                start = Start.BACKUP if self._role == "backup" else Start.ATTACH
+            else:
+                start = await self._decide(lost)
+            try:
+                if start is Start.BACKUP:
+                    self._role = "backup"
+                    if self._report.machine.role != "backup":
+                        self._report.machine.assume("backup")
+                    outcome = await self._guard(options)
+                    if isinstance(outcome, GuestEnded):
+                        return 0
+                    self._remember(outcome.generation)
+                    primary = self._primary_of(options, outcome.guest, outcome.generation, Standing.ALONE)
+                elif start is Start.ATTACH:
+                    primary = await self._start_primary(options)
+                else:
+                    record = await self._win(start)
+                    if record is None:
+                        continue
+                    guest = await start_guest(self._config)
+                    self._report.set_generation(record.generation)
+                    primary = self._primary_of(options, guest, record.generation, Standing.ALONE)
+                self._role = "primary"
+                self._notifier.ready("primary: the guest runs")
+                await self._lead(primary)
+                return 0
+            except Deposed as error:
+                self._role, lost = "backup", None
+                self._report.machine.move(PairState.WAITING, str(error))
+                _log.warning("deposed: this node is the backup from now on", reason=str(error))
+            except QemuDied as error:
+                if not self._inquiry.decides or self._role == "backup":
+                    raise
+                lost = error
+                self._report.machine.move(PairState.WAITING, str(error))
+
+    async def _guard(self, options: LinkOptions) -> TakenOver | GuestEnded:
+        self._backup = backup = Backup(self._config, self._report, options, self._inquiry)
+        if self._inquiry.decides:
+            backup.on_generation(lambda generation: self._remember(generation, "backup"))
         self._notifier.ready("backup: waiting for a primary")
         try:
-            outcome = await backup.run()
+            return await backup.run()
         except QemuDied as error:
             # A shadow's QEMU, not a guest's: to start again is right, unlike what the error's code says.
             raise QemuError(str(error)) from None
-        if not isinstance(outcome, TakenOver):
-            return 0
-        self._remember(outcome.generation)
-        return await self._lead(
-            Primary(self._config, self._report, options, outcome.guest, outcome.generation)
+        finally:
+            self._backup = None
+
+    async def _start_primary(self, options: LinkOptions) -> Primary:
+        """Start the guest without asking anybody, or attach to the one that runs here."""
+        generation = max(1, self._known)
+        guest = await start_guest(self._config)
+        if not self._inquiry.decides:
+            self._remember(generation)
+        return self._primary_of(options, guest, generation, Standing.ASKING)
+
+    def _primary_of(
+        self, options: LinkOptions, guest: QemuProcess, generation: int, standing: Standing
+    ) -> Primary:
+        return Primary(
+            self._config,
+            self._report,
+            options,
+            guest,
+            generation,
+            standing=standing,
+            inquiry=self._inquiry,
+            remember=self._remember,
         )
 
-    async def _run_primary(self, options: LinkOptions) -> int:
-        generation = max(1, self._durable.read().generation)
-        guest = await start_guest(self._config)
-        self._remember(generation)
-        self._notifier.ready("primary: the guest runs")
-        return await self._lead(Primary(self._config, self._report, options, guest, generation))
-
-    async def _lead(self, primary: Primary) -> int:
+    async def _lead(self, primary: Primary) -> None:
         self._primary = primary
         try:
             reason = await primary.run()
         finally:
+            self._primary = None
             await primary.let_go()
         _log.info("the guest has ended, so does the daemon", reason=reason)
-        return 0
 
-    def _remember(self, generation: int) -> None:
-        """Note that this node runs the guest, which goes on whatever becomes of the note."""
+    # ---- who runs the guest -------------------------------------------------------------------------------
+
+    async def _decide(self, lost: QemuDied | None) -> Start:
+        """Ask the arbiter which part this node has to play, for as long as it does not answer.
+
+        lost: the guest has just died here. Raises it when nobody has taken over; ArbiterStale.
+        """
+        if lost is None and (self._config.machine.attach is not None or is_running(self._config)):
+            # Its output stays held until the primary has asked.
+            return Start.ATTACH
+        clock = asyncio.get_running_loop().time
+        waited_since = clock()
+        told = ""
+        while True:
+            try:
+                record = await self._inquiry.arbiter.read()
+                decision = at_start(
+                    self._config.node.name, self._config.node.role, False, self._known, record
+                )
+                self._report.arbiter_seen(record)
+            except ArbiterStale:
+                raise
+            except ArbiterError as error:
+                self._report.arbiter_failed(str(error))
+                decision = Decision(Start.WAIT, str(error))
+                waited_since = clock()
+            if decision.why != told:
+                told = decision.why
+                _log.info("who runs the guest", decision=decision.start.value, reason=told)
+            self._report.note = told
+            if decision.start is Start.WAIT:
+                if clock() - waited_since < GRACE_SECONDS:
+                    await asyncio.sleep(ASK_AGAIN_SECONDS if lost is None else 0.05)
+                    continue
+                decision = Decision(Start.BOOT, told)
+            if decision.start is Start.BOOT and lost is not None:
+                raise QemuDied(
+                    f"{lost}; nobody has taken over: start the daemon again to have the guest boot"
+                )
+            return decision.start
+
+    async def _win(self, start: Start) -> Record | None:
+        """Win the next generation, to start the guest here; None when it has to be decided anew."""
         try:
-            self._durable.write(Memory(generation=generation, role="primary"))
+            record = await self._inquiry.arbiter.read()
+        except ArbiterError:
+            return None
+        if record is not None and record.owner != self._config.node.name:
+            return None
+        outcome = await self._inquiry.first(record)
+        if not outcome.granted or outcome.record is None:
+            return None
+        self._remember(outcome.record.generation)
+        return outcome.record
+
+    def _remember(self, generation: int, role: Role = "primary") -> None:
+        """Note this node's part in a generation. The guest goes on, whatever becomes of the note."""
+        self._known = max(self._known, generation)
+        try:
+            self._durable.write(Memory(generation=generation, role=role))
         except HostError as error:
             _log.error("the generation is not remembered", generation=generation, error=friendly(error))
 
@@ -155,7 +309,8 @@ class Node:
 
     def _show_warnings(self, options: LinkOptions) -> None:
         report = self._report
-        report.warn("accept_split_brain", NoArbiter.WARNING)
+        if not self._inquiry.decides:
+            report.warn("accept_split_brain", NoArbiter.WARNING)
         if not self._config.output.hold:
             report.warn(
                 "output_not_held",

@@ -5,6 +5,10 @@ end ends the primary:
 
     it shut down, or was told to by QMP quit     GuestStopped to the backup, which stops too     (rule S7)
     its QEMU died                                QemuLost to the backup, which takes over
+    the other side has the authority             the guest is killed, and this node becomes the backup
+
+What may be said of the guest's output is ftd/authority.py's to decide. When the backup is lost, all of it is
+held until the arbiter has given this side the authority to go on alone; the guest is `held` so long.
 """
 
 from __future__ import annotations
@@ -16,16 +20,28 @@ from collections.abc import Callable
 
 import ftd
 from ftd import link, log, tap
+from ftd.authority import Authority, Release, Standing, may_begin_session
+from ftd.authority import Event as Happening
 from ftd.config import Config
-from ftd.epochs import Protection, ProtectionLost
-from ftd.errors import FtdError, HostError, LinkError, PeerError, QemuDied, QemuError, friendly
+from ftd.epochs import Protection, ProtectionLost, Yielded
+from ftd.errors import (
+    Deposed,
+    FtdError,
+    HostError,
+    LinkError,
+    PeerError,
+    QemuDied,
+    QemuError,
+    friendly,
+)
+from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions, Session
 from ftd.machine import MachineDescription, refuse_devices, refuse_disks
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost
 from ftd.monitor import Event
 from ftd.qemu import QemuProcess, RunFiles, is_running, require_patched
 from ftd.report import Report
-from ftd.state import PairState
+from ftd.state import Move, PairState
 from ftd.status import QemuStatus, VerifyReport
 from ftd.wire import LinkLost
 
@@ -34,6 +50,9 @@ _log = log.get(__name__)
 # Between two attempts to reach a backup. A refusal needs a person, so it is repeated less often.
 RETRY_SECONDS = 0.5
 RETRY_AFTER_REFUSAL_SECONDS = 5.0
+
+# Between two questions to an arbiter that does not answer.
+ASK_AGAIN_SECONDS = 0.5
 
 # Reasons of QEMU's SHUTDOWN event that come from the host and not from anybody who wants the guest to end:
 # a signal to QEMU. The guest did nothing, so this is a loss like any other.
@@ -61,21 +80,45 @@ async def start_guest(config: Config) -> QemuProcess:
 
 
 class Primary:
-    """The primary's part of a node's life, for one guest. Made once; `run` returns why the guest ended."""
+    """The primary's part of a node's life, for one guest. Made once; `run` returns why the guest ended.
+
+    standing: `alone` with authority that was won for this guest, `asking` for a guest that was found.
+    remember: is told of every generation that this side wins.
+    """
 
     def __init__(
-        self, config: Config, report: Report, options: LinkOptions, guest: QemuProcess, generation: int
+        self,
+        config: Config,
+        report: Report,
+        options: LinkOptions,
+        guest: QemuProcess,
+        generation: int,
+        *,
+        standing: Standing,
+        inquiry: Inquiry,
+        remember: Callable[[int], None],
     ) -> None:
         self._config = config
         self._report = report
         self._options = options
         self._guest = guest
         self._generation = generation
+        self._authority = Authority(standing, report.on_authority)
+        report.set_standing(standing)
+        self._inquiry = inquiry
+        self._remember = remember
         self._next_epoch = 1
+        self._paired_with = ""  # the backup that the arbiter has on record, in this generation
+        self._stopped_guest = False  # for a switchover that is not over
+        self._paused = False  # protection is not wanted
+        self._nudge = asyncio.Event()  # something changed for whoever waits to look for a backup
+        self._peer: tuple[str, int] | None = None  # instead of the one in the configuration
+        self._forced = False  # an operator says that the other side is dead
+        self._closing: asyncio.Future[None] | None = None
         self._description: MachineDescription | None = None
         self._protection: Protection | None = None
         self._session: Session | None = None
-        self._held = False  # output is held, and it is not known whether this side may release it
+        self._held = False  # without an arbiter: output is held, and nobody said that it may go
         self._over = False  # the guest has ended: no more backups, and no more moves but to `stopped`
         self._shutdown: str | None = None  # QEMU's reason, once the guest is ending
         self._unsubscribe: list[Callable[[], None]] = []
@@ -83,8 +126,9 @@ class Primary:
     async def run(self) -> str:
         """Run until the guest ends; return QEMU's reason for a wanted end.
 
-        Raises QemuDied if QEMU was lost, and QemuError or HostError for a guest that cannot be protected;
-        that one is left running. Cancelled, it takes its leave of the backup; the guest runs on.
+        Raises QemuDied if QEMU was lost; Deposed when the other side has the guest, and the one here was
+        killed; QemuError or HostError for a guest that cannot be protected; that one is left running.
+        Cancelled, it takes its leave of the backup; the guest runs on.
         """
         report = self._report
         monitor = self._guest.monitor
@@ -101,6 +145,12 @@ class Primary:
             if work.done() and not ended.done():
                 # A loss of QEMU is seen by the work a moment before the process is reaped.
                 error = work.exception()
+                if isinstance(error, Deposed):
+                    self._over = True
+                    await self._guest.kill()
+                    report.qemu = QemuStatus()
+                    report.no_output()
+                    raise error
                 if not isinstance(error, QemuDied):
                     raise error if error is not None else AssertionError("the primary has no work left")
                 await ended
@@ -113,6 +163,11 @@ class Primary:
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError, FtdError):
                 await work
+            if not self._over and self._inquiry.decides and self._authority.standing is Standing.ASKING:
+                # A planned stop: the guest is to be served while there is no daemon. Without an answer its
+                # output stays held until there is one again.
+                with contextlib.suppress(FtdError):
+                    await self._ask_for_solo()
 
     async def let_go(self) -> None:
         """Let go of the guest, which runs on if it has not ended."""
@@ -125,6 +180,125 @@ class Primary:
                 f"nothing to compare with: this node is {self._report.machine.state}, not protected"
             )
         return await self._protection.verify()
+
+    # ---- what operators ask for ---------------------------------------------------------------------------
+
+    async def switchover(self) -> str:
+        """Have the backup take over, with nothing lost. Returns when it has the guest, or raises FtdError."""
+        if self._protection is None or self._report.machine.state is not PairState.PROTECTED:
+            state = self._report.machine.state
+            raise FtdError(f"nobody to hand over to: this node is {state}, not protected")
+        over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def watch(move: Move) -> None:
+            if not over.done():
+                over.set_result("" if move.to is PairState.WAITING else f"{move.to}: {move.reason}")
+
+        self._report.machine.listen(watch)
+        self._protection.yield_guest()
+        went_wrong = await over
+        if went_wrong:
+            raise FtdError(f"the guest stays here, {went_wrong}")
+        return "the backup has the guest"
+
+    def pause_protection(self) -> str:
+        """Go on without a backup until `resume_protection`."""
+        self._paused = True
+        self._report.solo_intended = True
+        self._end_session("protection is paused by an operator")
+        return "protection is paused; the guest runs alone"
+
+    def resume_protection(self) -> str:
+        """Look for a backup again."""
+        self._paused = False
+        self._report.solo_intended = False
+        self._nudge.set()
+        return "looking for the backup"
+
+    def protect(self, host: str, port: int | None) -> str:
+        """Have another backup than so far, or than the one in the configuration, until the daemon ends."""
+        self._peer = (host, port or self._config.link.port)
+        self._end_session(f"another backup is wanted: {host}")
+        self.resume_protection()
+        return f"looking for the backup at {host}"
+
+    def _end_session(self, reason: str) -> None:
+        self._nudge.set()
+        if self._session is not None and self._session.lost is None:
+            self._closing = asyncio.ensure_future(self._session.close(reason))
+
+    def force(self) -> str:
+        """Go on alone whatever the arbiter says. Raises FtdError if this node is not held."""
+        if self._authority.standing not in (Standing.ASKING, Standing.UNSURE):
+            raise FtdError(f"nothing to force: this node is {self._report.machine.state}, not held")
+        self._forced = True
+        self._nudge.set()
+        return "output is being released; see ftd status"
+
+    # ---- authority: the fence of ftd/epochs.py ------------------------------------------------------------
+
+    def on_first_commit(self) -> None:
+        """See epochs.Fence."""
+        self._held = False
+        self._authority.on(Happening.COMMITTED)
+
+    async def pair(self) -> None:
+        """See epochs.Fence."""
+        assert self._session is not None
+        backup = self._session.peer_node
+        while True:
+            outcome = await self._inquiry.pairing(self._generation, backup)
+            self._authority.on(outcome.event)
+            if outcome.granted:
+                self._paired_with = backup
+                return
+            if outcome.event is Happening.DENIED:
+                raise Deposed(f"this node has lost the guest: {outcome.reason}")
+            if self._paired_with == backup:
+                return  # it is on record from before, and neither side has asked for anything since
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    def release_at_the_end(self, committed: bool) -> bool:
+        """See epochs.Fence."""
+        if not self._authority.knows(Happening.LOST):
+            return False  # deposed, or the guest has ended
+        self._authority.on(Happening.LOST)
+        if not self._inquiry.decides and not self._held and self._authority.standing is Standing.ASKING:
+            self._authority.on(Happening.GRANTED)  # nobody to ask
+        return self._authority.release is Release.ALL
+
+    async def _ask_for_solo(self) -> None:
+        """Ask once to go on alone, and let output go if that is granted. Raises Deposed."""
+        if self._forced:
+            self._forced = False
+            outcome = await self._inquiry.force(self._generation)
+            self._authority.on(Happening.FORCED)
+        elif not self._inquiry.decides:
+            # Only an operator knows who has the guest.
+            info = await self._guest.monitor.execute("query-x-ft")
+            self._report.output(info["output"], None)
+            self._held = info["output"]["holding"]
+            if not self._held:
+                self._authority.on(Happening.FORCED)
+            return
+        else:
+            outcome = await self._inquiry.solo(self._generation)
+            self._authority.on(outcome.event)
+        if self._authority.standing is Standing.DEPOSED:
+            raise Deposed(f"this node has lost the guest: {outcome.reason}")
+        if self._authority.standing is not Standing.ALONE:
+            self._report.machine.move(PairState.HELD, f"output is held: {outcome.reason}")
+            return
+        if outcome.record is not None and outcome.record.generation > self._generation:
+            self._generation, self._next_epoch = outcome.record.generation, 1
+            self._report.set_generation(self._generation)
+            self._remember(self._generation)
+        self._paired_with = ""
+        self._held = False
+        await self._guest.monitor.execute("x-ft-end", output="release")
+        self._report.no_output()
+        await self._let_stopped_guest_go()
+        self._alone("the arbiter gave this node the authority to go on alone")
 
     # ---- the guest's end ----------------------------------------------------------------------------------
 
@@ -152,6 +326,8 @@ class Primary:
                 with contextlib.suppress(FtdError):
                     await session.send(GuestStopped(reason=self._shutdown, epoch=self._report.committed))
                 await session.close(reason)
+            self._authority.on(Happening.ENDED)
+            await self._inquiry.stopped(self._generation)
             self._report.machine.move(PairState.STOPPED, reason)
             return reason
         # A guest that cannot be spoken to any more may still run, and must not beside the one that the backup
@@ -162,7 +338,8 @@ class Primary:
         if session is not None and session.lost is None:
             with contextlib.suppress(FtdError):
                 await session.send(QemuLost(detail=detail))
-        self._report.machine.move(PairState.STOPPED, detail)
+        if not self._inquiry.decides:
+            self._report.machine.move(PairState.STOPPED, detail)
         if session is not None:
             await session.close(detail)
         await killed
@@ -176,9 +353,14 @@ class Primary:
         # An earlier daemon may have left checkpointing on, into slots that are gone. Output that it held
         # stays held (rule S6): its backup may have taken over since.
         info = await monitor.execute("query-x-ft")
-        self._held = info["output"]["holding"]
-        await monitor.execute("x-ft-end", output="hold" if self._held else "release")
-        if self._held:
+        holding = info["output"]["holding"]
+        if not self._inquiry.decides:
+            self._held = holding
+            if not holding and self._authority.standing is Standing.ASKING:
+                self._authority.on(Happening.GRANTED)
+        free = self._authority.release is Release.ALL
+        await monitor.execute("x-ft-end", output="release" if free else "hold")
+        if holding and not free:
             self._report.output(info["output"], None)
             self._report.machine.move(
                 PairState.HELD,
@@ -196,6 +378,13 @@ class Primary:
         told = ""
         while not self._over:
             wait = RETRY_SECONDS
+            if self._authority.standing in (Standing.ASKING, Standing.UNSURE):
+                await self._ask_for_solo()
+            if self._paused or not may_begin_session(self._authority.standing):
+                if self._authority.release is Release.ALL:
+                    self._alone("protection is paused by an operator")
+                await self._sleep(wait)
+                continue
             try:
                 session = await self._connect()
             except (LinkError, PeerError) as error:
@@ -205,22 +394,31 @@ class Primary:
                 if text != told:
                     told = text
                     _log.warning("no backup: the guest runs unprotected", reason=text)
-                if self._held:
-                    await self._look_at_held_output()
-                if not self._held and self._report.machine.allows(PairState.SOLO):
-                    self._report.machine.move(PairState.SOLO, text)
-                await asyncio.sleep(wait)
+                if self._authority.release is Release.ALL:
+                    self._alone(text)
+                await self._sleep(wait)
                 continue
             told = ""
             if await self._with_backup(session):
                 continue
-            await asyncio.sleep(wait)
+            if self._authority.release is Release.ALL or not self._inquiry.decides:
+                await self._sleep(wait)
 
-    async def _look_at_held_output(self) -> None:
-        """Show what is held; an operator may have let it go over QMP, and with it said who has the guest."""
-        info = await self._guest.monitor.execute("query-x-ft")
-        self._held = info["output"]["holding"]
-        self._report.output(info["output"], None)
+    def _alone(self, reason: str) -> None:
+        if self._report.machine.allows(PairState.SOLO):
+            self._report.machine.move(PairState.SOLO, reason)
+
+    async def _sleep(self, seconds: float) -> None:
+        self._nudge.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._nudge.wait(), seconds)
+
+    async def _let_stopped_guest_go(self) -> None:
+        """Run a guest again that was stopped for a switchover which came to nothing."""
+        if self._stopped_guest:
+            self._stopped_guest = False
+            with contextlib.suppress(QemuError):
+                await self._guest.monitor.execute("cont")
 
     async def _connect(self) -> Session:
         assert self._description is not None
@@ -236,13 +434,14 @@ class Primary:
             description=self._description.model_dump(mode="json"),
         )
         settings = self._config.link
+        host, port = self._peer or (settings.peer, settings.port)
         session = await link.connect(
             self._options,
             hello,
-            host=settings.peer,
-            port=settings.port,
+            host=host,
+            port=port,
             heartbeat_port=settings.heartbeat_port,
-            peer_name=settings.expected_peer_name,
+            peer_name=settings.expected_peer_name if self._peer is None else host,
             source=settings.listen,
             on_lateness=self._report.metrics.loop_lag.set,
         )
@@ -276,14 +475,20 @@ class Primary:
             session,
             self._generation,
             self._next_epoch,
-            held_before=self._held,
+            fence=self,
         )
         again, aborted = False, "link"
         reason = ""
         try:
             await protection.run()
+        except Yielded as error:
+            aborted = error.aborted
+            raise Deposed(str(error)) from None
         except ProtectionLost as error:
             reason, again, aborted = str(error), error.resync, error.aborted
+        except Deposed:
+            aborted = "stopped"
+            raise
         except LinkLost:
             reason = str(await session.wait_lost())
         except QemuDied:
@@ -298,12 +503,18 @@ class Primary:
             report.epoch_aborted(aborted, protection.uncommitted)
             # A number is never used twice within a generation, committed or not.
             self._next_epoch = protection.epoch + 1
-            self._held = self._held and not protection.committed
+            self._stopped_guest = protection.stopped_guest
             self._protection = None
             report.peer_connected = False
             report.heartbeat_age = lambda: None
             if not self._over and reason:
                 _log.warning("protection is lost", reason=reason)
-                alone = PairState.HELD if self._held else PairState.SOLO
-                report.machine.move(PairState.SYNCING if again else alone, reason)
+                if self._authority.release is not Release.ALL:
+                    report.machine.move(PairState.HELD, reason)
+                elif again:
+                    report.machine.move(PairState.SYNCING, reason)
+                else:
+                    self._alone(reason)
+        if self._authority.release is Release.ALL:
+            await self._let_stopped_guest_go()
         return again

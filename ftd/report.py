@@ -13,12 +13,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import ftd
+from ftd import log
+from ftd.arbiter import Record
+from ftd.authority import Row, Standing
 from ftd.config import Config
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
 from ftd.pacing import Account, FixedPace
 from ftd.speculation import Round, Speculation
 from ftd.state import Move, PairState, Role, StateMachine
 from ftd.status import (
+    AuthorityStatus,
     EpochStatus,
     OutputStatus,
     PauseStatus,
@@ -31,6 +35,8 @@ from ftd.status import (
     VerifyReport,
 )
 
+_log = log.get(__name__)
+
 KEPT_PAUSES = 1000
 
 
@@ -41,6 +47,9 @@ class Report:
         self.config = config
         self.metrics = metrics
         self.machine = StateMachine(role)
+        self.standing = Standing.EMPTY
+        self.note = ""  # why a node that waits does so
+        self._authority = AuthorityStatus(arbiter=config.arbiter.kind)
         self.generation = 0
         self.epoch = 0
         self.committed = 0
@@ -84,6 +93,7 @@ class Report:
     def _on_move(self, move: Move) -> None:
         self._moved = time.monotonic()
         self.metrics.set_state(move.to)
+        self.metrics.state_moves.labels(state=move.to.value).inc()
         self.metrics.set_role(self.machine.role)
 
     def set_generation(self, generation: int) -> None:
@@ -92,6 +102,48 @@ class Report:
             self.generation = generation
             self.epoch = self.committed = 0
         self.metrics.generation.set(generation)
+
+    def on_authority(self, row: Row) -> None:
+        """Log and show a change of the standing; the listener of an Authority."""
+        if row.to is not row.standing:
+            _log.info("standing changed", standing=row.to.value, was=row.standing.value, reason=row.why)
+        self.set_standing(row.to)
+
+    def set_standing(self, standing: Standing) -> None:
+        """Show the standing towards the arbiter."""
+        self.standing = standing
+        self.metrics.set_standing(standing)
+
+    def arbiter_answered(self, question: str, answer: str, seconds: float, record: Record | None) -> None:
+        """Count a question to the arbiter, and show the record that it has."""
+        self.metrics.arbiter_questions.labels(answer=answer).inc()
+        self.metrics.arbiter_answer.observe(seconds)
+        if answer in ("granted", "denied"):
+            self.clear_warning("arbiter_unreachable")
+            self.clear_warning("arbiter_stale")
+            self._authority = self._authority.model_copy(
+                update={
+                    "error": "",
+                    "owner": record.owner if record is not None else "",
+                    "record": str(record) if record is not None else "",
+                }
+            )
+
+    def arbiter_seen(self, record: Record | None) -> None:
+        """Show the arbiter's record, which was looked at."""
+        self.clear_warning("arbiter_unreachable")
+        self._authority = self._authority.model_copy(
+            update={
+                "error": "",
+                "owner": record.owner if record is not None else "",
+                "record": str(record) if record is not None else "",
+            }
+        )
+
+    def arbiter_failed(self, reason: str, *, stale: bool = False) -> None:
+        """Show that the arbiter did not answer, or that what it answered is not believed."""
+        self.warn("arbiter_stale" if stale else "arbiter_unreachable", reason)
+        self._authority = self._authority.model_copy(update={"error": reason})
 
     def warn(self, name: Warning_, text: str) -> None:
         """Show a warning for as long as the daemon runs."""
@@ -277,11 +329,12 @@ class Report:
             version=ftd.__version__,
             role=self.machine.role,
             state=self.machine.state,
-            reason=self.machine.reason,
+            reason=self._reason(),
             solo_intended=self.solo_intended,
             state_seconds=now - self._moved,
             uptime=now - self._started,
             generation=self.generation,
+            authority=self._authority.model_copy(update={"standing": self.standing.value}),
             in_flight_bytes=self.in_flight_bytes,
             output=self._output,
             peer=peer,
@@ -291,6 +344,10 @@ class Report:
             warnings=list(self._warnings.values()),
             **values,
         )
+
+    def _reason(self) -> str:
+        waits = self.machine.state is PairState.WAITING
+        return self.note if waits and self.machine.reason == "started" and self.note else self.machine.reason
 
     def _sync_now(self) -> SyncStatus:
         if self.machine.state is not PairState.SYNCING:

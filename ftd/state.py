@@ -6,6 +6,7 @@
     backup:    waiting -> syncing -> protected -> taken-over
                syncing | protected | held -> waiting        protected -> held -> taken-over | syncing
     after a takeover the backup is the primary: taken-over -> syncing
+    a deposed primary is the backup: syncing | protected | solo | held | taken-over -> waiting
     every state -> stopped, which is the end
 
 States promise, moves act: being in a state causes nothing. What each state promises:
@@ -18,8 +19,8 @@ syncing     The guest runs on the primary; the first copy, or a new one, is unde
             no committed epoch and must not be started: there is no move from here to taken-over.
 protected   The backup holds a committed epoch; output is released on commit.
 solo        The guest runs here without a backup, by authority; output flows.
-held        It is unclear who has the authority. A primary's guest runs, its output is withheld. A backup
-            keeps its shadow, not started, and goes on asking the arbiter.
+held        It is unclear who has the authority (ftd/authority.py). A primary's guest runs, its output is
+            withheld. A backup keeps its shadow, not started, and goes on asking the arbiter.
 taken-over  The shadow was started here, by authority; output flows; there is no backup yet.
 stopped     The guest has ended (by itself, by its operator, or because this side lost the authority), or the
             daemon is on its way out. No way leads back within a process: a new one starts in `waiting`.
@@ -91,6 +92,11 @@ def _rows(role: Role, origin: PairState, *targets: tuple[PairState, str]) -> lis
     return [Row(role, origin, to, why) for to, why in targets]
 
 
+_DEPOSED = (
+    PairState.WAITING,
+    "the other side has the guest, or is to have it: the one here is no more, and this node is the backup",
+)
+
 MOVES: tuple[Row, ...] = (
     *_rows(
         "primary",
@@ -103,6 +109,7 @@ MOVES: tuple[Row, ...] = (
     *_rows(
         "primary",
         PairState.SYNCING,
+        _DEPOSED,
         (PairState.PROTECTED, "the first epoch after the copy is committed"),
         (PairState.SOLO, "the backup is lost and authority to go on alone is certain"),
         (PairState.HELD, "the backup is lost and the authority is unclear"),
@@ -111,6 +118,7 @@ MOVES: tuple[Row, ...] = (
     *_rows(
         "primary",
         PairState.PROTECTED,
+        _DEPOSED,
         (PairState.SYNCING, "the shadow can no longer be trusted or kept up: everything is copied anew"),
         (PairState.SOLO, "the backup left or is lost and authority to go on alone was won"),
         (PairState.HELD, "the backup is lost and the arbiter has not answered"),
@@ -119,12 +127,14 @@ MOVES: tuple[Row, ...] = (
     *_rows(
         "primary",
         PairState.SOLO,
+        _DEPOSED,
         (PairState.SYNCING, "a backup has come"),
         (PairState.STOPPED, "the guest ended, was stopped, or belongs to the other side"),
     ),
     *_rows(
         "primary",
         PairState.HELD,
+        _DEPOSED,
         (PairState.SOLO, "the authority to go on alone is certain: the arbiter or an operator gave it"),
         (PairState.SYNCING, "the same backup is back and nobody has taken over: the copy begins anew"),
         (PairState.STOPPED, "the other side has the authority, or the guest ended"),
@@ -132,6 +142,7 @@ MOVES: tuple[Row, ...] = (
     *_rows(
         "primary",
         PairState.TAKEN_OVER,
+        _DEPOSED,
         (PairState.SYNCING, "a new backup has come"),
         (PairState.STOPPED, "the guest ended or was stopped"),
     ),
@@ -219,6 +230,15 @@ class StateMachine:
         """Why the node is in this state: the reason given with the last move."""
         return self._reason
 
+    def assume(self, role: Role) -> None:
+        """Take another role than at first, while nothing has begun: the arbiter says who is who.
+
+        Raises IllegalMove in any state but `waiting`.
+        """
+        if self._state is not PairState.WAITING:
+            raise IllegalMove(f"a {self._role} that is {self._state} cannot become a {role} just so")
+        self._role = role
+
     def allows(self, to: PairState) -> bool:
         """Say whether a move to the state would be accepted now."""
         return to is self._state or (self._role, self._state, to) in _ROWS
@@ -250,6 +270,8 @@ class StateMachine:
         self._state, self._reason = to, reason
         if to is PairState.TAKEN_OVER:
             self._role = "primary"
+        elif to is PairState.WAITING:
+            self._role = "backup"  # deposed, if it was the primary
         write = _log.warning if to in _LOUD else _log.info
         write("pair state changed", role=move.role, state=to, was=move.origin, reason=reason, meaning=row.why)
         for listener in self._listeners:

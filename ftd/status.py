@@ -6,7 +6,8 @@ reader ignores what it does not know, so that an older `ftd status` can read a n
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -124,6 +125,19 @@ class TakeoverStatus(Model):
     total: float
 
 
+class AuthorityStatus(Model):
+    """Who may speak for the guest. arbiter: its kind; standing: see ftd/authority.py.
+
+    owner, record: of the arbiter's record as last seen. error: why the last question was not answered.
+    """
+
+    arbiter: str = "none"
+    standing: str = "empty"
+    owner: str = ""
+    record: str = ""
+    error: str = ""
+
+
 class Difference(Model):
     """A page of the shadow that differs from the primary's; page counts from 0 within the block."""
 
@@ -156,6 +170,7 @@ class Status(Model):
     """Whether somebody wants this node to run alone: a guest that is meant to have no backup for now."""
     uptime: float = 0.0
     generation: int = 0
+    authority: AuthorityStatus = AuthorityStatus()
     epoch: EpochStatus = EpochStatus()
     sync: SyncStatus = SyncStatus()
     in_flight_bytes: int = 0
@@ -173,6 +188,12 @@ class Failure(Model):
     """Body of every answer that is not a success."""
 
     error: str
+
+
+class Done(Model):
+    """Body of the answer to what an operator asked for. detail: what was done, in one line."""
+
+    detail: str
 
 
 class Health(Model):
@@ -201,6 +222,10 @@ class StatusSource(Protocol):
     async def verify(self) -> VerifyReport:
         """Compare all memory with the shadow at the next epoch's end. Raises FtdError when that is impossible
         now."""
+        ...
+
+    async def control(self, action: str, arguments: Mapping[str, Any]) -> Done:
+        """Carry out what an operator asks for. Raises FtdError that says why not."""
         ...
 
 

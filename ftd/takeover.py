@@ -24,10 +24,13 @@ _log = log.get(__name__)
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 10, "step": 50}
 
 
-async def start_shadow(monitor: Monitor, shadow: Shadow, nics: Sequence[Nic]) -> float:
+async def start_shadow(
+    monitor: Monitor, shadow: Shadow, nics: Sequence[Nic], *, resume: bool = False
+) -> float:
     """Load the committed epoch's state into the waiting QEMU and start it.
 
-    Returns when its vCPUs ran (monotonic seconds).
+    resume: let it run though the state says that it was stopped, which it was for this takeover only. Returns
+    when its vCPUs ran (monotonic seconds).
 
     All acknowledged frames must have been applied. Raises TakeoverRefused when the shadow may not be started,
     before anything is touched, and QemuError when QEMU did not take it; it must not be used then.
@@ -46,7 +49,7 @@ async def start_shadow(monitor: Monitor, shadow: Shadow, nics: Sequence[Nic]) ->
         os.close(fd)
     loaded = await monitor.execute("x-ft-load", fd="ftd-load")
     filled = time.monotonic()
-    if loaded["run-state"] == "running":
+    if resume or loaded["run-state"] == "running":
         await monitor.execute("cont")
     running = time.monotonic()
     await connected

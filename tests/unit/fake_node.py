@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from ftd import http
 from ftd.metrics import Metrics
 from ftd.state import PairState
 from ftd.status import (
+    Done,
     EpochStatus,
     OutputStatus,
     PauseStatus,
@@ -51,6 +53,7 @@ class FakeNode:
         self.now = status
         self.unhealthy: str | None = None
         self.verification: VerifyReport | Exception = VerifyReport(epoch=42, ok=True, pages=65536)
+        self.asked: list[tuple[str, dict[str, Any]]] = []
         self.begun = asyncio.Event()
         self.wait_for: asyncio.Event | None = None
 
@@ -67,6 +70,12 @@ class FakeNode:
         if isinstance(self.verification, Exception):
             raise self.verification
         return self.verification
+
+    async def control(self, action: str, arguments: Mapping[str, Any]) -> Done:
+        if isinstance(self.verification, Exception):
+            raise self.verification
+        self.asked.append((action, dict(arguments)))
+        return Done(detail=f"{action} is done")
 
 
 @contextmanager

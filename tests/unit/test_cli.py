@@ -229,6 +229,30 @@ def test_verify_different(node: FakeNode, url: str) -> None:
     assert VerifyReport.model_validate_json(result.stdout) == node.verification
 
 
+@pytest.mark.parametrize(
+    ("words", "action"),
+    [
+        (["switchover"], "switchover"),
+        (["pause-protection"], "pause-protection"),
+        (["resume-protection"], "resume-protection"),
+        (["protect", "--peer", "10.0.0.3:7799"], "protect"),
+        (["takeover", "--force"], "takeover"),
+    ],
+)
+def test_what_an_operator_asks_for(node: FakeNode, url: str, words: list[str], action: str) -> None:
+    result = ftd(*words, "--url", url)
+    assert (result.returncode, result.stdout) == (0, f"{action} is done\n")
+    assert [asked for asked, _ in node.asked] == [action]
+    if action == "protect":
+        assert (node.asked[0][1]["host"], node.asked[0][1]["port"]) == ("10.0.0.3", 7799)
+
+
+def test_takeover_by_hand_needs_the_word(node: FakeNode, url: str) -> None:
+    assert "say --force" in one_line(ftd("takeover", "--url", url), 1)
+    assert node.asked == []
+    assert "DANGER" in ftd("takeover", "--help").stdout
+
+
 def test_verify_impossible(node: FakeNode, url: str) -> None:
     node.verification = FtdError("the guest is not protected; ask again when it is")
     assert (

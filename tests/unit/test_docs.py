@@ -188,7 +188,7 @@ def test_every_command_and_its_options_are_explained_to_operators(command):
 
 @pytest.mark.parametrize("page", pages())
 def test_commands_that_are_named_exist(page):
-    named = set(re.findall(r"(?:^    |`)ftd ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^    |`)ftd ([a-z-]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE))
     assert named - set(commands()) == set()
 
 

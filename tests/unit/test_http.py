@@ -156,6 +156,56 @@ async def test_verify_twice_at_once(client: TestClient, node: FakeNode) -> None:
     assert (await client.post("/verify")).status == 200
 
 
+async def test_what_an_operator_asks_for(client: TestClient, node: FakeNode) -> None:
+    for action in ("switchover", "pause-protection", "resume-protection"):
+        answer = await client.post(f"/{action}")
+        assert (answer.status, await answer.json()) == (200, {"detail": f"{action} is done"})
+    assert (await client.post("/protect", json={"host": "10.0.0.3", "port": 7788})).status == 200
+    assert (await client.post("/takeover", json={"force": True})).status == 200
+    assert [action for action, _ in node.asked] == [
+        "switchover",
+        "pause-protection",
+        "resume-protection",
+        "protect",
+        "takeover",
+    ]
+    assert node.asked[3][1]["host"] == "10.0.0.3"
+    node.verification = LinkError("nobody to hand over to")
+    answer = await client.post("/switchover")
+    assert (answer.status, await answer.json()) == (409, {"error": "nobody to hand over to"})
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/takeover", "", 409, "without the arbiter's consent"),
+        ("/takeover", '{"force": 1}', 400, "force: Input should be a valid boolean"),
+        ("/protect", "", 400, "host: is missing"),
+        ("/protect", '{"host": "a b"}', 400, "host: "),
+        ("/protect", '{"host": "a", "port": 0}', 400, "port: "),
+        ("/switchover", "[", 400, "the body: Invalid JSON"),
+        ("/switchover", '{"hosts": ""}', 400, "hosts: Extra inputs"),
+    ],
+)
+async def test_bad_words_are_refused_and_nothing_is_done(
+    client: TestClient, node: FakeNode, path: str, body: str, status: int, words: str
+) -> None:
+    answer = await client.post(path, data=body)
+    assert answer.status == status
+    assert words in (await answer.json())["error"]
+    assert node.asked == []
+
+
+async def test_what_changes_something_is_taken_from_this_host_only(
+    client: TestClient, node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiohttp.web.BaseRequest.remote", "192.0.2.7")
+    answer = await client.post("/switchover")
+    assert answer.status == 403
+    assert "is taken from this host only" in (await answer.json())["error"]
+    assert node.asked == []
+
+
 async def test_verify_without_an_end(
     client: TestClient, node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

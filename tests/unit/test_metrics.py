@@ -17,6 +17,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 # Renaming or removing one breaks somebody's alert. Adding one is free: add it here as well.
 EXPECTED = """
+ftd_arbiter_answer_seconds histogram
+ftd_arbiter_questions_total counter answer=granted|denied|silent|doubt
+ftd_authority_standing gauge standing=empty|guarding|claiming|doubting|alone|paired|asking|unsure|deposed|ended
 ftd_build_info gauge version,python
 ftd_commit_latency_seconds histogram
 ftd_epoch_added_latency_seconds gauge
@@ -47,6 +50,7 @@ ftd_output_longest_hold_seconds gauge
 ftd_output_pushed_back_total counter
 ftd_output_release_latency_seconds histogram
 ftd_pair_state gauge state=stopped|waiting|syncing|protected|solo|held|taken-over
+ftd_pair_state_moves_total counter state=stopped|waiting|syncing|protected|solo|held|taken-over
 ftd_pair_state_number gauge
 ftd_pause_part_seconds histogram part=stop|drain|harvest|copy|device|digest|resume
 ftd_pause_seconds histogram
@@ -61,10 +65,10 @@ ftd_sync_progress_ratio gauge
 ftd_syncs_completed_total counter
 ftd_takeover_seconds gauge phase=detection|activation|total
 ftd_takeovers_refused_total counter
-ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover
+ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced
 ftd_verify_differing_pages_total counter
-ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held
-"""
+ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|arbiter_unreachable|arbiter_stale
+"""  # noqa: E501
 
 
 def values(these: Metrics) -> dict[str, float]:

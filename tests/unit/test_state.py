@@ -19,7 +19,8 @@ def ways(role: Role) -> dict[tuple[Role, PairState], list[PairState]]:
         at = queue.pop(0)
         for row in MOVES:
             if (row.role, row.origin) == at:
-                after: Role = "primary" if row.to is TAKEN_OVER else row.role
+                changed: dict[PairState, Role] = {TAKEN_OVER: "primary", WAITING: "backup"}
+                after = changed.get(row.to, row.role)
                 if (after, row.to) not in found:
                     found[after, row.to] = [*found[at], row.to]
                     queue.append((after, row.to))
@@ -126,6 +127,25 @@ def test_a_backup_that_took_over_is_the_primary_and_can_be_protected_again() -> 
     assert machine.role == "primary"
     for to in (SYNCING, PROTECTED, SOLO, STOPPED):
         assert machine.move(to, "story")
+
+
+def test_a_deposed_primary_is_the_backup_and_can_take_over_again() -> None:
+    machine = StateMachine("primary")
+    for to in (SYNCING, PROTECTED, HELD, WAITING):
+        assert machine.move(to, "story")
+    assert machine.role == "backup"
+    for to in (SYNCING, PROTECTED, TAKEN_OVER):
+        assert machine.move(to, "story")
+    assert machine.role == "primary"
+
+
+def test_a_role_is_assumed_only_before_anything_has_begun() -> None:
+    machine = StateMachine("primary")
+    machine.assume("backup")
+    assert machine.role == "backup"
+    machine.move(SYNCING, "a primary came")
+    with pytest.raises(IllegalMove, match="a backup that is syncing cannot become a primary just so"):
+        machine.assume("primary")
 
 
 def test_listeners_hear_every_move_in_order_even_when_one_of_them_fails(

@@ -1,0 +1,340 @@
+"""Exactly one side speaks, whatever breaks, and protection comes back by itself; etcd is on a third host.
+
+Each test is a row of the table in docs/failures.md. Two guests never run at once with their output free:
+`one_speaks` watches both sides through every test.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testbed.etcd import Etcd
+from testbed.guarded import (
+    ask,
+    assert_bare_guest_goes_on,
+    bare_guest,
+    linux_guest,
+    metric,
+    wait_committed,
+    wait_ended,
+)
+from testbed.hosts import GUEST_MAC, Host, TestNetwork
+from testbed.namespaces import http_session
+from testbed.pair import HTTP_PORT, Daemon, Pair
+
+from ftd.errors import FtdError
+from ftd.monitor import Monitor
+
+pytestmark = pytest.mark.root
+StartPair = Callable[..., Any]
+
+
+@pytest.fixture
+def network() -> Iterator[TestNetwork]:
+    """Two hosts, a client, and a host for the arbiter."""
+    with TestNetwork(("host-a", "host-b", "arbiter")) as made:
+        yield made
+    assert made.leftovers() == []
+
+
+@pytest.fixture
+async def etcd(network: TestNetwork) -> AsyncIterator[Etcd]:
+    async with Etcd.on(network.hosts["arbiter"], network.directory / "etcd") as made:
+        yield made
+
+
+def arbitrated(etcd: Etcd) -> dict[str, Any]:
+    return {
+        "arbiter": {
+            "kind": "etcd",
+            "pair": "web",
+            "endpoints": etcd.endpoints,
+            "accept_split_brain": False,
+            "timeout_ms": 500,
+        }
+    }
+
+
+# A guest of its own would use it; here it is what QEMU holds output of.
+NIC = {"machine": {"nic": [{"tap": "tap0", "mac": GUEST_MAC}], "dirty_ring_size": 0}}
+
+
+async def boot(host: Host, daemon: Daemon) -> None:
+    """The dead host boots, and its daemon starts."""
+    host.revive()
+    assert host.memory_directory.is_dir()
+    await daemon.close()
+    await daemon.start()
+
+
+async def free_guests(pair: Pair) -> list[str]:
+    """Hosts on which a guest runs whose output is not held, as their QEMUs say."""
+    free = []
+    for daemon in (pair.primary, pair.backup):
+        with contextlib.suppress(OSError, FtdError, TimeoutError):
+            async with (
+                asyncio.timeout(1),
+                await Monitor.connect(daemon.run_dir / "operator.sock") as operator,
+            ):
+                if (await operator.execute("query-status"))["status"] != "running":
+                    continue
+                if not (await operator.execute("query-x-ft"))["output"]["holding"]:
+                    free.append(daemon.host.name)
+    return free
+
+
+def lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture
+async def pair(start_pair: StartPair, etcd: Etcd) -> AsyncIterator[Pair]:
+    """A protected pair with an arbiter, and somebody who looks all the time whether both sides speak."""
+    made: Pair = await start_pair(await bare_guest(), arbitrated(etcd) | NIC)
+    both: list[list[str]] = []
+
+    async def watch() -> None:
+        while True:
+            free = await free_guests(made)
+            if len(free) > 1:
+                both.append(free)
+            await asyncio.sleep(0.05)
+
+    watcher = asyncio.create_task(watch())
+    yield made
+    watcher.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watcher
+    assert both == [], "two guests spoke"
+
+
+async def wait_roles(primary: Daemon, backup: Daemon, generation: int) -> None:
+    """The pair is whole again, the roles are these, and the guest goes on."""
+    await primary.wait_state("protected", 60)
+    await backup.wait_state("protected", 60)
+    for daemon, role in ((primary, "primary"), (backup, "backup")):
+        status = await daemon.status()
+        assert (status["role"], status["generation"]) == (role, generation)
+    assert (await primary.status())["authority"]["standing"] == "paired"
+    await assert_bare_guest_goes_on(primary)
+
+
+# ---- the backup's side breaks -----------------------------------------------------------------------------
+
+
+async def test_backup_host_dies_and_comes_back(pair: Pair) -> None:
+    """Primary asks, and goes on alone; the backup that boots again is protected without a person."""
+    pair.b.kill_all()
+    status = await pair.primary.wait_state("solo", 20)
+    assert status["generation"] == 2
+    assert status["output"]["holding"] is False
+    assert await free_guests(pair) == ["host-a"]
+    await assert_bare_guest_goes_on(pair.primary)
+    await boot(pair.b, pair.backup)
+    await wait_roles(pair.primary, pair.backup, 2)
+
+
+async def test_without_arbiter_in_reach_output_is_held_until_it_answers(pair: Pair, etcd: Etcd) -> None:
+    etcd.members[0].signal(signal.SIGSTOP)
+    pair.b.kill_all()
+    status = await pair.primary.wait_state("held", 20)
+    await pair.primary.wait_status(
+        "its question is in doubt", lambda now: now["authority"]["standing"] == "unsure", 20
+    )
+    status = await pair.primary.status()
+    assert "no answer within 0.5 s" in status["authority"]["error"]
+    assert await metric(pair.primary, "ftd_warning", warning="arbiter_unreachable") == 1
+    assert await free_guests(pair) == []
+    await assert_bare_guest_goes_on(pair.primary)  # the guest itself runs on
+    etcd.members[0].signal(signal.SIGCONT)
+    await pair.primary.wait_state("solo", 20)
+    assert await free_guests(pair) == ["host-a"]
+    assert await metric(pair.primary, "ftd_warning", warning="arbiter_unreachable") == 0
+
+
+async def test_link_cut_and_arbiter_gone_hold_both_and_the_link_back_brings_protection(
+    pair: Pair, etcd: Etcd
+) -> None:
+    """Neither can ask. An arbiter that is not there leaves no doubt: so they may protect again without it."""
+    etcd.members[0].kill()
+    pair.b.cut_link()
+    await pair.primary.wait_state("held", 20)
+    await pair.backup.wait_state("held", 20)
+    assert await free_guests(pair) == []
+    pair.b.restore_link()
+    await wait_roles(pair.primary, pair.backup, 1)
+
+
+# ---- the primary's side breaks ----------------------------------------------------------------------------
+
+
+async def test_primary_host_dies_boots_and_becomes_the_backup(pair: Pair) -> None:
+    committed = (await wait_committed(pair.primary, 3))["epoch"]["committed"]
+    pair.kill_primary_host()
+    status = await pair.backup.wait_takeover()
+    assert status["takeover"]["epoch"] >= committed
+    assert (status["role"], status["generation"]) == ("primary", 2)
+    await assert_bare_guest_goes_on(pair.backup)
+    await boot(pair.a, pair.primary)
+    await wait_roles(pair.backup, pair.primary, 2)
+    # And the other way round: roles are symmetrical.
+    pair.b.kill_all()
+    await pair.primary.wait_takeover()
+    await assert_bare_guest_goes_on(pair.primary)
+
+
+async def test_primary_qemu_dies_and_its_daemon_becomes_the_backup(pair: Pair) -> None:
+    pair.kill_primary_qemu()
+    await pair.backup.wait_takeover()
+    await wait_roles(pair.backup, pair.primary, 2)
+
+
+async def test_primary_daemon_dies_and_the_next_finds_itself_deposed(pair: Pair) -> None:
+    """The guest that it left behind never speaks, and is killed by the daemon that comes back."""
+    stale = pair.primary.qemu_pid()
+    pair.kill_primary_daemon()
+    await pair.backup.wait_takeover()
+    assert lives(stale)
+    assert await free_guests(pair) == ["host-b"]
+    await pair.primary.close()
+    await pair.primary.start()
+    await wait_roles(pair.backup, pair.primary, 2)
+    assert not lives(stale)
+    assert "deposed: this node is the backup from now on" in pair.primary.logs()
+
+
+async def test_frozen_primary_host_wakes_deposed(pair: Pair) -> None:
+    """SIGSTOP to all of it, and SIGCONT after it has lost the guest."""
+    stale = pair.primary.qemu_pid()
+    pair.a.freeze()
+    await pair.backup.wait_takeover()
+    pair.a.thaw()
+    await wait_roles(pair.backup, pair.primary, 2)
+    assert not lives(stale)
+
+
+async def test_frozen_backup_host_wakes_and_takes_nothing(pair: Pair) -> None:
+    pair.b.freeze()
+    await pair.primary.wait_state("solo", 20)
+    pair.b.thaw()
+    await wait_roles(pair.primary, pair.backup, 2)
+    assert (await pair.backup.status())["takeover"] is None
+
+
+@pytest.mark.parametrize("direction", ["both", "from-host", "to-host"])
+async def test_link_of_the_primary_is_cut(pair: Pair, direction: str) -> None:
+    """Its way to the arbiter is cut with it, so the backup wins; the primary holds, and is deposed after."""
+    pair.a.cut_link(direction)
+    await pair.backup.wait_takeover()
+    await pair.primary.wait_state("held", 20)
+    assert await free_guests(pair) == ["host-b"]
+    pair.a.restore_link()
+    await wait_roles(pair.backup, pair.primary, 2)
+
+
+# ---- daemons and hosts restart ----------------------------------------------------------------------------
+
+
+async def test_planned_restart_of_the_primary_daemon_keeps_the_guest_served(pair: Pair) -> None:
+    qemu = pair.primary.qemu_pid()
+    assert await pair.primary.stop() == 0
+    assert await free_guests(pair) == ["host-a"]
+    await pair.primary.close()
+    await pair.primary.start()
+    await pair.primary.wait_state("protected", 60)
+    assert pair.primary.qemu_pid() == qemu
+    assert "took over" not in pair.backup.logs()
+
+
+async def test_both_hosts_are_switched_off_and_on(pair: Pair) -> None:
+    """Who had the guest last starts it, though the configuration says otherwise: it has the newest disks."""
+    pair.kill_primary_host()
+    await pair.backup.wait_takeover()
+    pair.b.kill_all()
+    await boot(pair.a, pair.primary)
+    await boot(pair.b, pair.backup)
+    await pair.backup.wait_status("the guest", lambda status: status["role"] == "primary", 30)
+    await pair.backup.wait_state("protected", 60)
+    status = await pair.primary.wait_state("protected", 60)
+    assert status["role"] == "backup"
+    assert status["generation"] == 3
+
+
+async def test_arbiter_back_with_old_data_is_refused(pair: Pair, etcd: Etcd) -> None:
+    pair.b.kill_all()
+    await pair.primary.wait_state("solo", 20)
+    etcd.members[0].kill()
+    shutil.rmtree(etcd.members[0].folder)
+    etcd.members[0].start()
+    await etcd.wait_healthy()
+    pair.a.kill_all()
+    await boot(pair.a, pair.primary)
+    assert await wait_ended(pair.primary) == 8
+    assert "the arbiter knows nothing, and this node has seen generation 2" in pair.primary.logs()
+
+
+# ---- what is asked for ------------------------------------------------------------------------------------
+
+
+async def post(daemon: Daemon, action: str, body: str = "") -> dict[str, Any]:
+
+    async with (
+        http_session(daemon.host.namespace, 60) as session,
+        session.post(f"http://127.0.0.1:{HTTP_PORT}/{action}", data=body) as answer,
+    ):
+        told: dict[str, Any] = await answer.json()
+        return told | {"code": answer.status}
+
+
+async def test_switchover_there_and_back(pair: Pair) -> None:
+    told = await post(pair.primary, "switchover")
+    assert told == {"detail": "the backup has the guest", "code": 200}
+    status = await pair.backup.wait_takeover()
+    assert status["takeover"]["trigger"] == "switchover"
+    await wait_roles(pair.backup, pair.primary, 2)
+    assert (await post(pair.backup, "switchover"))["code"] == 200
+    await wait_roles(pair.primary, pair.backup, 3)
+
+
+async def test_protection_is_paused_and_resumed(pair: Pair) -> None:
+    assert (await post(pair.primary, "pause-protection"))["code"] == 200
+    status = await pair.primary.wait_state("solo", 20)
+    assert status["solo_intended"] is True
+    assert await free_guests(pair) == ["host-a"]
+    await pair.backup.wait_state("waiting", 20)
+    assert (await post(pair.primary, "resume-protection"))["code"] == 200
+    await wait_roles(pair.primary, pair.backup, 2)
+
+
+async def test_takeover_by_force_needs_the_word_and_goes_past_a_dead_arbiter(pair: Pair, etcd: Etcd) -> None:
+    etcd.members[0].kill()
+    pair.kill_primary_host()
+    await pair.backup.wait_state("held", 20)
+    assert (await post(pair.backup, "takeover"))["code"] == 409
+    assert await free_guests(pair) == []
+    assert (await post(pair.backup, "takeover", '{"force": true}'))["code"] == 200
+    status = await pair.backup.wait_takeover()
+    assert status["takeover"]["trigger"] in ("silence", "forced")
+    await assert_bare_guest_goes_on(pair.backup)
+
+
+async def test_guest_that_powers_itself_off_stops_both_and_starts_where_it_was(
+    start_pair: StartPair, etcd: Etcd
+) -> None:
+    """Rule S7, and what the arbiter keeps of it."""
+    pair: Pair = await start_pair(await linux_guest(), arbitrated(etcd))
+    await pair.primary.console.wait_for(r"^ftd-guest: ready", 90)
+    await pair.wait_protected()
+    await ask(pair.network.client, "POST", "/poweroff")
+    assert await wait_ended(pair.primary) == 0
+    assert await wait_ended(pair.backup) == 0
+    assert "took over" not in pair.backup.logs()
+    await pair.primary.close()
+    await pair.primary.start()
+    status = await pair.primary.wait_state("solo", 30)
+    assert status["generation"] == 2
