@@ -276,6 +276,7 @@ class Backup:
         report.begin_sync()
         report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
         shadow.begin_sync(generation)
+        report.flight.note("session", peer=session.peer_node, generation=generation)
 
         def on_committed(frame: Committed) -> None:
             report.epoch = frame.epoch + 1
@@ -326,6 +327,12 @@ class Backup:
             # What the primary said last decides; when the session ends, that is read before anything else.
             said = await messages if messages.done() or lost.done() else None
             decided = time.monotonic()
+            report.flight.note(
+                "session-lost",
+                reason=said.kind if said is not None else str(session.lost or "ended here"),
+                heartbeats_missed=session.heartbeats_missed,
+                stood_still=round(session.lost.stood_still_ns / 1e9, 4) if session.lost is not None else 0,
+            )
             if isinstance(said, GuestStopped):
                 self._authority.on(Event.ENDED)
                 await session.close("the guest has stopped")

@@ -180,6 +180,24 @@ def _control(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _why(arguments: argparse.Namespace) -> int:
+    from ftd import config as configuration
+    from ftd import flight
+
+    state = configuration.load(arguments.config).node.state_folder
+    entries = flight.merge([flight.read(state / "flight.jsonl"), *map(flight.read, arguments.peer)])
+    if arguments.json:
+        for entry in entries[-arguments.last :]:
+            print(json.dumps({"at": entry.at, "node": entry.node, "what": entry.what, **entry.fields}))
+        return 0
+    for entry in entries[-arguments.last :]:
+        at = time.strftime("%H:%M:%S", time.gmtime(entry.at)) + f".{int(entry.at % 1 * 1000):03d}"
+        print(f"{at}  {entry.node:12}  {entry}")
+    print()
+    print(flight.explain(entries))
+    return 0
+
+
 def _version(arguments: argparse.Namespace) -> int:
     print(f"ftd {__version__}")
     print(f"Python {platform.python_version()} ({sys.executable})")
@@ -510,6 +528,26 @@ def _parser() -> argparse.ArgumentParser:
                 required=True,
                 help="where the new backup's daemon listens",
             )
+
+    why = commands.add_parser(
+        "why",
+        parents=[common],
+        help="show what both nodes saw and decided, and explain the last takeover, or why there was none",
+        description="Reads flight.jsonl in the node's state_dir; the daemon need not run. For the whole "
+        "story bring the other node's file here. Times are UTC, of each node's own clock.",
+    )
+    why.add_argument("config", metavar="CONFIG", type=Path, help="TOML file of this node")
+    why.add_argument(
+        "--peer",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="flight.jsonl of the other node",
+    )
+    why.add_argument("--last", metavar="N", type=int, default=40, help="show so many lines (default: 40)")
+    why.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    why.set_defaults(command=_why)
 
     version = commands.add_parser(
         "version", parents=[common], help="show the versions of ftd, Python and QEMU"

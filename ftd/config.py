@@ -493,7 +493,7 @@ class Arbiter(_Section):
         default="",
         pattern=r"^([a-z0-9][a-z0-9-]{0,31})?$",
         description="Name of the pair, the same on both nodes and no other pair's with this arbiter: "
-        "lower-case letters, digits and dashes, at most 32. Needed with etcd and file.",
+        "lower-case letters, digits and dashes, at most 32. Needed with etcd and file. Default: none.",
     )
     accept_split_brain: bool = Field(
         default=False,
@@ -510,7 +510,7 @@ class Arbiter(_Section):
         default=(),
         strict=False,
         description='Client URLs of etcd\'s members: ["https://10.0.0.3:2379", …]. One that answers is '
-        "enough; the next is asked when one has been silent for 150 ms. Needed with etcd.",
+        "enough; the next is asked when one has been silent for 150 ms. Needed with etcd. Default: none.",
     )
     authority: ConfigPath | None = Field(
         default=None,
@@ -532,7 +532,7 @@ class Arbiter(_Section):
     folder: ConfigPath | None = Field(
         default=None,
         description="Folder on storage that both hosts mount, and that neither of them serves. Needed with "
-        "file.",
+        "file. Default: none.",
     )
 
     @model_validator(mode="after")

@@ -143,6 +143,7 @@ class Node:
             with contextlib.suppress(asyncio.CancelledError):
                 await watchdog
             await self._inquiry.arbiter.close()
+            await asyncio.to_thread(self._report.flight.close)
             await server.close()
 
     async def _live(self, options: LinkOptions) -> int:
@@ -258,6 +259,7 @@ class Node:
                 waited_since = clock()
             if decision.why != told:
                 told = decision.why
+                self._report.flight.note("decided", start=decision.start.value, reason=told)
                 _log.info("who runs the guest", decision=decision.start.value, reason=told)
             self._report.note = told
             if decision.start is Start.WAIT:

@@ -479,6 +479,7 @@ class Primary:
         )
         again, aborted = False, "link"
         reason = ""
+        report.flight.note("session", peer=session.peer_node, generation=self._generation)
         try:
             await protection.run()
         except Yielded as error:
@@ -507,6 +508,9 @@ class Primary:
             self._protection = None
             report.peer_connected = False
             report.heartbeat_age = lambda: None
+            report.flight.note(
+                "session-lost", reason=reason or "ended here", heartbeats_missed=session.heartbeats_missed
+            )
             if not self._over and reason:
                 _log.warning("protection is lost", reason=reason)
                 if self._authority.release is not Release.ALL:

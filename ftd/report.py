@@ -17,6 +17,7 @@ from ftd import log
 from ftd.arbiter import Record
 from ftd.authority import Row, Standing
 from ftd.config import Config
+from ftd.flight import FlightRecorder
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
 from ftd.pacing import Account, FixedPace
 from ftd.speculation import Round, Speculation
@@ -47,7 +48,9 @@ class Report:
         self.config = config
         self.metrics = metrics
         self.machine = StateMachine(role)
+        self.flight = FlightRecorder(config.node.state_folder, config.node.name)
         self.standing = Standing.EMPTY
+        self._asked: dict[str, str] = {}
         self.note = ""  # why a node that waits does so
         self._authority = AuthorityStatus(arbiter=config.arbiter.kind)
         self.generation = 0
@@ -94,6 +97,7 @@ class Report:
         self._moved = time.monotonic()
         self.metrics.set_state(move.to)
         self.metrics.state_moves.labels(state=move.to.value).inc()
+        self.flight.note("state", to=move.to.value, was=move.origin.value, role=move.role, reason=move.reason)
         self.metrics.set_role(self.machine.role)
 
     def set_generation(self, generation: int) -> None:
@@ -106,6 +110,7 @@ class Report:
     def on_authority(self, row: Row) -> None:
         """Log and show a change of the standing; the listener of an Authority."""
         if row.to is not row.standing:
+            self.flight.note("standing", to=row.to.value, was=row.standing.value, reason=row.why)
             _log.info("standing changed", standing=row.to.value, was=row.standing.value, reason=row.why)
         self.set_standing(row.to)
 
@@ -118,6 +123,13 @@ class Report:
         """Count a question to the arbiter, and show the record that it has."""
         self.metrics.arbiter_questions.labels(answer=answer).inc()
         self.metrics.arbiter_answer.observe(seconds)
+        told = {"question": question, "answer": answer}
+        if told != self._asked or answer in ("granted", "denied"):
+            # An arbiter that does not answer is asked twice a second.
+            self._asked = told
+            self.flight.note(
+                "arbiter", **told, seconds=round(seconds, 4), record=str(record) if record is not None else ""
+            )
         if answer in ("granted", "denied"):
             self.clear_warning("arbiter_unreachable")
             self.clear_warning("arbiter_stale")
@@ -238,6 +250,7 @@ class Report:
         self.committed = epoch
         self.metrics.epochs_committed.inc()
         self.metrics.epoch_committed.set(epoch)
+        self.flight.epoch(epoch, self.generation)
         if latency is not None:
             self.metrics.commit_latency.observe(latency)
 
@@ -290,6 +303,13 @@ class Report:
             detection=detection,
             activation=activation,
             total=total,
+        )
+        self.flight.note(
+            "took-over",
+            trigger=trigger,
+            epoch=epoch,
+            detection=round(detection, 4),
+            activation=round(activation, 4),
         )
         self.metrics.count_takeover(trigger, detection=detection, activation=activation, total=total)
 

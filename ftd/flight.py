@@ -1,0 +1,234 @@
+"""The flight recorder: what a node saw, asked and decided, kept over crashes, and read by `ftd why`.
+
+    state_dir/flight.jsonl      one JSON object a line, the newest last
+    state_dir/flight.jsonl.1    the ones before; together at most 2 × LIMIT_BYTES
+
+Lines have `at` (seconds since 1970, for comparing two hosts whose clocks are set by NTP), `node`, `what`, and
+fields of their own. They are written and forced to the disk by a thread: the event loop never waits for it.
+Epochs are thinned: one line in ten seconds, and the last one before whatever ended protection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftd import log
+from ftd.errors import FtdError, HostError, friendly
+
+_log = log.get(__name__)
+
+LIMIT_BYTES = 1 << 20
+EPOCHS_EVERY = 10.0
+
+
+class FlightRecorder:
+    """Writes one node's flight. Belongs to the event loop; what cannot be written is lost, and said once."""
+
+    def __init__(self, folder: Path, node: str) -> None:
+        self._path = folder / "flight.jsonl"
+        self._node = node
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._epoch: dict[str, Any] | None = None  # the last one that was not written
+        self._epoch_due = 0.0
+
+    def note(self, what: str, **fields: Any) -> None:
+        """Record something, and the epoch before it."""
+        if self._epoch is not None:
+            self._put(self._epoch)
+            self._epoch = None
+        self._put({"at": round(time.time(), 4), "node": self._node, "what": what, **fields})
+
+    def epoch(self, epoch: int, generation: int) -> None:
+        """Record a committed epoch, perhaps."""
+        now = time.monotonic()
+        self._epoch = {
+            "at": round(time.time(), 4),
+            "node": self._node,
+            "what": "committed",
+            "epoch": epoch,
+            "generation": generation,
+        }
+        if now >= self._epoch_due:
+            self._epoch_due = now + EPOCHS_EVERY
+            self._put(self._epoch)
+            self._epoch = None
+
+    def close(self) -> None:
+        """Return when everything is on the disk."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _put(self, line: dict[str, Any]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_all, name="ftd-flight", daemon=True)
+            self._thread.start()
+        self._queue.put(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n")
+
+    def _write_all(self) -> None:
+        told = False
+        while (line := self._queue.get()) is not None:
+            lines, ended = [line], False
+            with contextlib.suppress(queue.Empty):
+                while not ended:
+                    more = self._queue.get_nowait()
+                    ended = more is None
+                    if more is not None:
+                        lines.append(more)
+            try:
+                self._write(b"".join(lines))
+            except OSError as error:
+                if not told:
+                    told = True
+                    _log.error("the flight recorder cannot write", error=friendly(error))
+            if ended:
+                return
+
+    def _write(self, data: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_size + len(data) > LIMIT_BYTES:
+                self._path.replace(self._path.with_name(self._path.name + ".1"))
+        with self._path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+# ---- reading ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a flight. at: seconds since 1970."""
+
+    at: float
+    node: str
+    what: str
+    fields: dict[str, Any]
+
+    def __str__(self) -> str:
+        return " ".join(
+            [self.what, *(f"{key}={log.format_value(value)}" for key, value in self.fields.items())]
+        )
+
+
+def read(path: Path) -> list[Entry]:
+    """Return the entries of a flight, the file before it included. Lines cut by a crash are left out.
+
+    Raises HostError if it cannot be read.
+    """
+    entries = []
+    found = False
+    for file in (path.with_name(path.name + ".1"), path):
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise HostError(friendly(error)) from None
+        found = True
+        for line in data.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                told = json.loads(line)
+                entries.append(
+                    Entry(float(told.pop("at")), str(told.pop("node")), str(told.pop("what")), told)
+                )
+    if not found:
+        raise HostError(
+            f"{path}: no such file; nothing was recorded there, or it is another node's state_dir"
+        )
+    return entries
+
+
+def merge(flights: Iterable[list[Entry]]) -> list[Entry]:
+    """Return the entries of several nodes in the order of their times."""
+    return sorted((entry for flight in flights for entry in flight), key=lambda entry: entry.at)
+
+
+def explain(entries: list[Entry]) -> str:
+    """Say in a few lines why the last takeover happened, or why there was none.
+
+    Raises FtdError if there are no entries.
+    """
+    if not entries:
+        raise FtdError("nothing was recorded")
+    last = max((number for number, entry in enumerate(entries) if entry.what == "took-over"), default=None)
+    lost = max((number for number, entry in enumerate(entries) if entry.what == "session-lost"), default=None)
+    if last is not None and (lost is None or lost < last or not _decided_after(entries, lost)):
+        return _why_taken(entries, last)
+    if lost is not None:
+        return _why_none(entries, lost)
+    return "No takeover: neither side has lost the other."
+
+
+def _decided_after(entries: list[Entry], lost: int) -> bool:
+    return any(
+        entry.what == "state" and entry.fields.get("to") in ("solo", "held") for entry in entries[lost:]
+    )
+
+
+def _before(entries: list[Entry], end: int, what: str, **fields: Any) -> Entry | None:
+    """Return the last entry of that kind, of the node whose entry `end` is."""
+    node = entries[end].node
+    for entry in reversed(entries[:end]):
+        if (
+            entry.node == node
+            and entry.what == what
+            and all(entry.fields.get(key) == value for key, value in fields.items())
+        ):
+            return entry
+    return None
+
+
+def _why_taken(entries: list[Entry], last: int) -> str:
+    took = entries[last]
+    lines = [
+        f"{took.node} took over at {_clock(took.at)} ({took.fields.get('trigger')}), "
+        f"from epoch {took.fields.get('epoch')}."
+    ]
+    lost = _before(entries, last, "session-lost")
+    if lost is not None:
+        lines.append(
+            f"It had lost its primary {took.at - lost.at:.3f} s before: {lost.fields.get('reason')}."
+        )
+    asked = _before(entries, last, "arbiter", question="takeover", answer="granted")
+    if asked is not None:
+        took_s = asked.fields.get("seconds", 0.0)
+        lines.append(f"The arbiter granted it within {took_s:.3f} s: {asked.fields.get('record')}.")
+    other = next((e for e in entries[last:] if e.node != took.node and e.what == "state"), None)
+    if other is not None:
+        lines.append(f"Then {other.node} was {other.fields.get('to')}: {other.fields.get('reason')}.")
+    return "\n".join(lines)
+
+
+def _why_none(entries: list[Entry], lost: int) -> str:
+    loss = entries[lost]
+    lines = [
+        f"No takeover after {loss.node} lost its peer at {_clock(loss.at)}: {loss.fields.get('reason')}."
+    ]
+    for entry in entries[lost + 1 :]:
+        if entry.what == "arbiter" and entry.fields.get("question") in ("solo", "takeover"):
+            lines.append(
+                f"{entry.node} asked for {entry.fields['question']}: {entry.fields.get('answer')}"
+                + (f", {entry.fields['record']}" if entry.fields.get("record") else "")
+                + "."
+            )
+        elif entry.what == "state" and entry.fields.get("to") in ("solo", "held", "waiting", "stopped"):
+            lines.append(f"{entry.node} was {entry.fields['to']}: {entry.fields.get('reason')}.")
+    return "\n".join(lines[:12])
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at)) + f".{int(at % 1 * 1000):03d} UTC"

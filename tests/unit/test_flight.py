@@ -1,0 +1,123 @@
+"""The flight recorder: bounded, kept over crashes, and told as a story."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftd import flight
+from ftd.errors import FtdError, HostError
+from ftd.flight import Entry, FlightRecorder
+
+
+def test_what_was_noted_is_read_in_order(tmp_path: Path) -> None:
+    recorder = FlightRecorder(tmp_path / "state", "a")
+    recorder.note("state", to="solo", reason='a "reason"\nof two lines')
+    for epoch in range(1, 100):
+        recorder.epoch(epoch, 3)
+    recorder.note("session-lost", reason="silence")
+    recorder.close()
+    entries = flight.read(tmp_path / "state/flight.jsonl")
+    # Epochs are thinned to the first, and the last one before something else.
+    assert [(e.what, e.fields.get("epoch")) for e in entries] == [
+        ("state", None),
+        ("committed", 1),
+        ("committed", 99),
+        ("session-lost", None),
+    ]
+    assert all(entry.node == "a" and entry.at > 1e9 for entry in entries)
+    assert "\n" not in str(entries[0])
+
+
+def test_it_is_bounded_and_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flight, "LIMIT_BYTES", 2000)
+    for number in range(60):
+        recorder = FlightRecorder(tmp_path, "a")
+        recorder.note("state", number=number, text="x" * 50)
+        recorder.close()
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert len(sizes) == 2
+    assert max(sizes) <= 2000
+    numbers = [entry.fields["number"] for entry in flight.read(tmp_path / "flight.jsonl")]
+    assert numbers == list(range(numbers[0], 60))
+    assert len(numbers) > 10
+
+
+def test_a_line_that_a_crash_cut_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "flight.jsonl"
+    path.write_text('{"at": 1.5, "node": "a", "what": "state", "to": "solo"}\n{"at": 2.5, "no')
+    assert flight.read(path) == [Entry(1.5, "a", "state", {"to": "solo"})]
+
+
+def test_no_flight_is_told(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"flight\.jsonl: no such file; nothing was recorded"):
+        flight.read(tmp_path / "flight.jsonl")
+    with pytest.raises(FtdError, match="nothing was recorded"):
+        flight.explain([])
+
+
+LOST = Entry(10.0, "b", "session-lost", {"reason": "silence: nothing heard"})
+
+
+def test_a_takeover_is_explained_from_both_sides() -> None:
+    mine = [
+        LOST,
+        Entry(
+            10.2,
+            "b",
+            "arbiter",
+            {"question": "takeover", "answer": "granted", "seconds": 0.004, "record": "generation 2, b solo"},
+        ),
+        Entry(10.5, "b", "took-over", {"trigger": "silence", "epoch": 77}),
+    ]
+    other = [
+        Entry(9.0, "a", "session", {"peer": "b"}),
+        Entry(12.0, "a", "state", {"to": "waiting", "reason": "this node has lost the guest"}),
+    ]
+    merged = flight.merge([mine, other])
+    assert [entry.at for entry in merged] == [9.0, 10.0, 10.2, 10.5, 12.0]
+    assert flight.explain(merged).splitlines() == [
+        "b took over at 1970-01-01 00:00:10.500 UTC (silence), from epoch 77.",
+        "It had lost its primary 0.500 s before: silence: nothing heard.",
+        "The arbiter granted it within 0.004 s: generation 2, b solo.",
+        "Then a was waiting: this node has lost the guest.",
+    ]
+
+
+def test_that_there_was_none_is_explained() -> None:
+    story = [
+        LOST,
+        Entry(
+            10.1,
+            "b",
+            "arbiter",
+            {"question": "takeover", "answer": "denied", "record": "generation 2, a solo"},
+        ),
+        Entry(
+            10.2, "b", "state", {"to": "waiting", "reason": "the primary is lost, and takeover is refused"}
+        ),
+    ]
+    assert flight.explain(story).splitlines() == [
+        "No takeover after b lost its peer at 1970-01-01 00:00:10.000 UTC: silence: nothing heard.",
+        "b asked for takeover: denied, generation 2, a solo.",
+        "b was waiting: the primary is lost, and takeover is refused.",
+    ]
+    assert "neither side has lost the other" in flight.explain([Entry(1.0, "a", "state", {"to": "solo"})])
+
+
+def test_why_reads_both_nodes(tmp_path: Path) -> None:
+    config = tmp_path / "ftd.toml"
+    config.write_text(
+        '[node]\nname = "b"\nrole = "backup"\nstate_dir = "state"\n[link]\nlisten = "10.0.0.2"\n'
+        'peer = "10.0.0.1"\ninsecure = true\n[arbiter]\naccept_split_brain = true\n'
+    )
+    for node, folder in (("b", "state"), ("a", "other")):
+        recorder = FlightRecorder(tmp_path / folder, node)
+        recorder.note("session-lost", reason=f"{node} lost the other")
+        recorder.close()
+    words = [sys.executable, "-m", "ftd", "why", str(config), "--peer", str(tmp_path / "other/flight.jsonl")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "b lost the other" in done.stdout
+    assert "a lost the other" in done.stdout
+    assert "No takeover after a lost its peer" in done.stdout
