@@ -467,6 +467,9 @@ class Backup:
             finally:
                 self._guarding = True
             if gone.done():
+                if self._authority.standing is Standing.DOUBTING:
+                    # The question may still be granted, and the daemon's next start finds out.
+                    raise QemuError("the shadow's QEMU has ended while the arbiter was being asked")
                 self._spoiled()
                 report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
                 return "it ended while the arbiter was being asked"

@@ -74,6 +74,7 @@ class Node:
         # It took over, and serves alone by intent until there is a backup.
         self._report.solo_intended = role != config.node.role
         self._inquiry = Inquiry(open_arbiter(config.arbiter), self._report, config.node.name)
+        self._deposed = False
         self._known = self._durable.read().generation
         self._primary: Primary | None = None
         self._backup: Backup | None = None
@@ -178,7 +179,7 @@ class Node:
                 await self._lead(primary)
                 return 0
             except Deposed as error:
-                self._role, lost = "backup", None
+                self._role, lost, self._deposed = "backup", None, True
                 self._report.machine.move(PairState.WAITING, str(error))
                 _log.warning("deposed: this node is the backup from now on", reason=str(error))
             except QemuDied as error:
@@ -238,7 +239,8 @@ class Node:
 
         lost: the guest has just died here. Raises it when nobody has taken over; ArbiterStale.
         """
-        if lost is None and (self._config.machine.attach is not None or is_running(self._config)):
+        attach = self._config.machine.attach is not None and not self._deposed
+        if lost is None and (attach or is_running(self._config)):
             # Its output stays held until the primary has asked.
             return Start.ATTACH
         clock = asyncio.get_running_loop().time
