@@ -7,6 +7,11 @@ from ftd.arbiter import Arbiter, NoArbiter
 from ftd.errors import HostError, friendly
 
 
+def identity(settings: config.Arbiter) -> str:
+    """Return a word for what keeps the record: generations of another arbiter, or pair, say nothing of it."""
+    return settings.kind if settings.kind == "none" else f"{settings.kind}:{settings.pair}"
+
+
 def open_arbiter(settings: config.Arbiter) -> Arbiter:
     """Return the configured arbiter; nobody is asked yet. Raises HostError for files that cannot be used."""
     timeout = settings.timeout_ms / 1000

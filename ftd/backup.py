@@ -340,7 +340,14 @@ class Backup:
                 report.machine.move(PairState.STOPPED, f"the guest has stopped: {said.reason}")
                 return GuestEnded(said.reason)
             if isinstance(said, Yield):
-                await self._wait_applied(shadow, said.epoch)
+                try:
+                    await self._wait_applied(shadow, said.epoch)
+                except TimeoutError:
+                    session.abort("the last epoch was not applied")
+                    await receiver.drain()
+                    self._spoiled()
+                    report.machine.move(PairState.WAITING, "switchover: the last epoch was not applied")
+                    return None
                 loss: _Loss | None
                 loss = _Loss("switchover", "asked for", decided, decided, said.running)
                 outcome = await self._take_over(loss, qemu, shadow, generation, gone)

@@ -22,12 +22,16 @@ from ftd.state import Role
 
 
 class Memory(BaseModel):
-    """generation: the last one that this node took part in; 0 for none. role: what it was in it."""
+    """generation: the last one that this node took part in; 0 for none. role: what it was in it.
+
+    arbiter: whose generation it is, as arbiters.identity says; another's is no measure for it.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     generation: int = Field(default=0, ge=0)
     role: Role | None = None
+    arbiter: str = "none"
 
 
 class Marker(BaseModel):

@@ -258,16 +258,15 @@ class Protection:
         )
 
     def yield_guest(self) -> None:
-        """Have the backup take over after one more checkpoint, with the guest stopped: nothing is lost."""
+        """Have the backup take over when the running epoch is over, after one more with the guest stopped."""
         self._yielding = True
-        self._pressure = True
-        self._changed.set()
 
     async def _hand_over(self) -> None:
         """Stop the guest, have its last epoch committed, and ask the backup to start it.
 
         Always ends in an exception: Yielded by `_listen`, or one that says why there was no answer.
         """
+        await self._wait_for(lambda: not self._in_flight)  # so that the guest stands still for one frame only
         running = bool((await self._monitor.execute("query-status"))["running"])
         await self._monitor.execute("stop")
         self.stopped_guest = running

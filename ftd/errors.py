@@ -9,9 +9,9 @@
           +-- PeerError      5  the other side's: incompatible, or it refused us
           +-- TakeoverRefused 6 nobody's: the shadow may not be started here
           +-- Deposed        1  nobody's: the other side has the guest; handled, never the end of the daemon
-          +-- ArbiterError   8  the arbiter's: it does not answer, refuses us, or knows less than we do
-          |    +-- ArbiterUnreachable  8  no answer; asked again, and never the end of a daemon with a guest
-          |    +-- ArbiterStale        8  its data are older than this node's: a person has to look
+          +-- ArbiterError   1  the arbiter's: it does not answer, refuses us, or knows less than we do
+          |    +-- ArbiterUnreachable  no answer; asked again, and never the end of a daemon
+          |    +-- ArbiterStale        its data are older than this node's: a person has to look
           +-- LinkError      1  the connection to the peer broke; handled, never the end of the daemon
           +-- FrameError     1  the bytes of a frame are not a frame; the shadow was not touched
 
@@ -94,8 +94,6 @@ class Deposed(FtdError):  # noqa: N818 - the name says what happened
 
 class ArbiterError(FtdError):
     """The arbiter refuses us, or answers with what is no answer. Nothing was changed by the question."""
-
-    exit_code = 8
 
 
 class ArbiterUnreachable(ArbiterError):  # noqa: N818 - the name says what happened

@@ -18,7 +18,7 @@ from typing import Any
 
 from ftd import http, log
 from ftd.arbiter import NoArbiter, Record
-from ftd.arbiters import open_arbiter
+from ftd.arbiters import identity, open_arbiter
 from ftd.authority import Decision, Standing, Start, at_start
 from ftd.backup import Backup, GuestEnded, TakenOver
 from ftd.config import Config
@@ -66,8 +66,10 @@ NICENESS = -10
 class Node:
     """A running daemon; the source of its status."""
 
-    def __init__(self, config: Config, role: Role) -> None:
+    def __init__(self, config: Config, role: Role, found: QemuProcess | None = None) -> None:
+        """found: the guest that an earlier daemon left, attached to."""
         self._config = config
+        self._found = found
         self._role = role
         self._durable = Durable(config.node.state_folder)
         self._report = Report(config, Metrics(), role)
@@ -75,7 +77,10 @@ class Node:
         self._report.solo_intended = role != config.node.role
         self._inquiry = Inquiry(open_arbiter(config.arbiter), self._report, config.node.name)
         self._deposed = False
-        self._known = self._durable.read().generation
+        self._arbiter = identity(config.arbiter)
+        memory = self._durable.read()
+        self._known = memory.generation if memory.arbiter == self._arbiter else 0
+        self._forced = asyncio.Event()  # an operator says that this node is to have the guest
         self._primary: Primary | None = None
         self._backup: Backup | None = None
         self._notifier = Notifier.from_environment()
@@ -104,6 +109,9 @@ class Node:
                 return Done(detail=self._backup.force())
             if self._primary is not None:
                 return Done(detail=self._primary.force())
+            if self._inquiry.decides:
+                self._forced.set()
+                return Done(detail="the guest is to boot here; see ftd status")
             raise TakeoverRefused(f"there is nothing to take over with: {self._report.machine.reason}")
         if self._primary is None:
             raise FtdError(f"{self._config.node.name} does not run the guest; ask the primary")
@@ -166,11 +174,13 @@ class Node:
                     self._remember(outcome.generation)
                     primary = self._primary_of(options, outcome.guest, outcome.generation, Standing.ALONE)
                 elif start is Start.ATTACH:
+                    self._assume_primary()
                     primary = await self._start_primary(options)
                 else:
                     record = await self._win(start)
                     if record is None:
                         continue
+                    self._assume_primary()
                     guest = await start_guest(self._config)
                     self._report.set_generation(record.generation)
                     primary = self._primary_of(options, guest, record.generation, Standing.ALONE)
@@ -188,6 +198,10 @@ class Node:
                 lost = error
                 self._report.machine.move(PairState.WAITING, str(error))
 
+    def _assume_primary(self) -> None:
+        if self._report.machine.role != "primary":
+            self._report.machine.assume("primary")
+
     async def _guard(self, options: LinkOptions) -> TakenOver | GuestEnded:
         self._backup = backup = Backup(self._config, self._report, options, self._inquiry)
         if self._inquiry.decides:
@@ -204,7 +218,7 @@ class Node:
     async def _start_primary(self, options: LinkOptions) -> Primary:
         """Start the guest without asking anybody, or attach to the one that runs here."""
         generation = max(1, self._known)
-        guest = await start_guest(self._config)
+        guest, self._found = self._found or await start_guest(self._config), None
         if not self._inquiry.decides:
             self._remember(generation)
         return self._primary_of(options, guest, generation, Standing.ASKING)
@@ -237,10 +251,11 @@ class Node:
     async def _decide(self, lost: QemuDied | None) -> Start:
         """Ask the arbiter which part this node has to play, for as long as it does not answer.
 
-        lost: the guest has just died here. Raises it when nobody has taken over; ArbiterStale.
+        lost: the guest has just died here. Raises it when nobody has taken over. An arbiter whose record is
+        older than what this node has noted counts as one that does not answer: a person has to look.
         """
         attach = self._config.machine.attach is not None and not self._deposed
-        if lost is None and (attach or is_running(self._config)):
+        if lost is None and (attach or self._found is not None):
             # Its output stays held until the primary has asked.
             return Start.ATTACH
         clock = asyncio.get_running_loop().time
@@ -253,17 +268,20 @@ class Node:
                     self._config.node.name, self._config.node.role, False, self._known, record
                 )
                 self._report.arbiter_seen(record)
-            except ArbiterStale:
-                raise
             except ArbiterError as error:
-                self._report.arbiter_failed(str(error))
+                self._report.arbiter_failed(str(error), stale=isinstance(error, ArbiterStale))
+                # The supervisor need not wait for the arbiter as well.
+                self._notifier.ready("waiting for the arbiter")
                 decision = Decision(Start.WAIT, str(error))
                 waited_since = clock()
             if decision.why != told:
                 told = decision.why
                 self._report.flight.note("decided", start=decision.start.value, reason=told)
-                _log.info("who runs the guest", decision=decision.start.value, reason=told)
+                loud = _log.error if "arbiter_stale" in self._report.warning_names else _log.info
+                loud("who runs the guest", decision=decision.start.value, reason=told)
             self._report.note = told
+            if self._forced.is_set():
+                return Start.BOOT
             if decision.start is Start.WAIT:
                 if clock() - waited_since < GRACE_SECONDS:
                     await asyncio.sleep(ASK_AGAIN_SECONDS if lost is None else 0.05)
@@ -277,6 +295,14 @@ class Node:
 
     async def _win(self, start: Start) -> Record | None:
         """Win the next generation, to start the guest here; None when it has to be decided anew."""
+        if self._forced.is_set():
+            self._forced.clear()
+            forced = await self._inquiry.force(self._known)
+            if not forced.granted or forced.record is None:
+                _log.error("the guest is not started: the arbiter has to know it", reason=forced.reason)
+                return None
+            self._remember(forced.record.generation)
+            return forced.record
         try:
             record = await self._inquiry.arbiter.read()
         except ArbiterError:
@@ -293,7 +319,7 @@ class Node:
         """Note this node's part in a generation. The guest goes on, whatever becomes of the note."""
         self._known = max(self._known, generation)
         try:
-            self._durable.write(Memory(generation=generation, role=role))
+            self._durable.write(Memory(generation=generation, role=role, arbiter=self._arbiter))
         except HostError as error:
             _log.error("the generation is not remembered", generation=generation, error=friendly(error))
 
@@ -346,23 +372,25 @@ def _take_priority() -> None:
 
 async def run(config: Config) -> int:
     """Run a node; return the exit code. Raises FtdError, one line, for what it cannot do without."""
-    return await Node(config, await _role(config)).run()
+    role, found = await _role(config)
+    return await Node(config, role, found).run()
 
 
-async def _role(config: Config) -> Role:
-    """Return what this node is: as configured, but for a backup that took over and whose daemon starts anew.
+async def _role(config: Config) -> tuple[Role, QemuProcess | None]:
+    """Return what this node is, and its guest if that runs.
+
+    It is what is configured, but for a backup that took over and whose daemon starts anew.
 
     A shadow that an earlier daemon left waiting is ended: what it held is not known to be whole.
     """
     if not is_running(config):
-        return config.node.role
+        return config.node.role, None
     found = await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
     status = await found.monitor.execute("query-status")
     if status["status"] == "inmigrate":
         _log.warning("ending a shadow that an earlier daemon left behind", pid=found.pid)
         await found.kill()
-        return config.node.role
-    await found.detach()
+        return config.node.role, None
     if config.node.role == "backup":
         _log.warning("the guest runs here since a takeover: this node is the primary", pid=found.pid)
-    return "primary"
+    return "primary", found

@@ -54,6 +54,9 @@ RETRY_AFTER_REFUSAL_SECONDS = 5.0
 # Between two questions to an arbiter that does not answer.
 ASK_AGAIN_SECONDS = 0.5
 
+# For a backup to take a connection while this side is held, and would rather hear of the arbiter.
+CONNECT_WHILE_ASKING_SECONDS = 1.5
+
 # Reasons of QEMU's SHUTDOWN event that come from the host and not from anybody who wants the guest to end:
 # a signal to QEMU. The guest did nothing, so this is a loss like any other.
 _NOT_WANTED = frozenset({"host-signal", "host-error"})
@@ -385,11 +388,14 @@ class Primary:
                     self._alone("protection is paused by an operator")
                 await self._sleep(wait)
                 continue
+            asking = self._authority.release is not Release.ALL and self._inquiry.decides
             try:
-                session = await self._connect()
-            except (LinkError, PeerError) as error:
+                # The arbiter is to be asked again soon, whatever a host that is gone makes of our packets.
+                async with asyncio.timeout(CONNECT_WHILE_ASKING_SECONDS if asking else None):
+                    session = await self._connect()
+            except (LinkError, PeerError, TimeoutError) as error:
                 text = friendly(error)
-                if isinstance(error, PeerError):
+                if isinstance(error, PeerError) and not asking:
                     wait = RETRY_AFTER_REFUSAL_SECONDS
                 if text != told:
                     told = text

@@ -144,6 +144,7 @@ class Report:
     def arbiter_seen(self, record: Record | None) -> None:
         """Show the arbiter's record, which was looked at."""
         self.clear_warning("arbiter_unreachable")
+        self.clear_warning("arbiter_stale")
         self._authority = self._authority.model_copy(
             update={
                 "error": "",
@@ -161,6 +162,11 @@ class Report:
         """Show a warning for as long as the daemon runs."""
         self._warnings[name] = text
         self.metrics.set_warning(name, True)
+
+    @property
+    def warning_names(self) -> frozenset[Warning_]:
+        """The warnings that are shown now."""
+        return frozenset(self._warnings)
 
     def clear_warning(self, name: Warning_) -> None:
         """Stop to show a warning."""

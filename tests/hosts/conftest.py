@@ -1,5 +1,7 @@
 """Tests on hosts made of network namespaces; they need root and say so when they are skipped."""
 
+import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -7,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testbed.guarded import defects, wait_ready
+from testbed.arbitrated import NIC, arbitrated, free_guests
+from testbed.etcd import Etcd
+from testbed.guarded import bare_guest, defects, wait_ready
 from testbed.guest import KVM, Guest
 from testbed.hosts import TestNetwork
 from testbed.pair import Pair
@@ -33,9 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def network() -> Iterator[TestNetwork]:
-    """Two hosts and a client, as TestNetwork makes them; nothing of it may be left afterwards."""
-    with TestNetwork() as made:
+def network(request: pytest.FixtureRequest) -> Iterator[TestNetwork]:
+    """Two hosts and a client, as TestNetwork makes them; nothing of it may be left afterwards.
+
+    With an etcd, there is a third host for it.
+    """
+    third = ["arbiter"] if "etcd" in request.fixturenames else []
+    with TestNetwork(["host-a", "host-b", *third]) as made:
         yield made
     assert made.leftovers() == []
 
@@ -101,3 +109,30 @@ async def start_pair(make_pair: StartPair) -> StartPair:
         return pair
 
     return start
+
+
+@pytest.fixture
+async def etcd(network: TestNetwork) -> AsyncIterator[Etcd]:
+    async with Etcd.on(network.hosts["arbiter"], network.directory / "etcd") as made:
+        yield made
+
+
+@pytest.fixture
+async def pair(start_pair: StartPair, etcd: Etcd) -> AsyncIterator[Pair]:
+    """A protected pair with an arbiter, and somebody who looks all the time whether both sides speak."""
+    made: Pair = await start_pair(await bare_guest(), arbitrated(etcd) | NIC)
+    both: list[list[str]] = []
+
+    async def watch() -> None:
+        while True:
+            free = await free_guests(made)
+            if len(free) > 1:
+                both.append(free)
+            await asyncio.sleep(0.05)
+
+    watcher = asyncio.create_task(watch())
+    yield made
+    watcher.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watcher
+    assert both == [], "two guests spoke"

@@ -57,7 +57,7 @@ class Member:
         words += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
         words += ["--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url]
         words += ["--initial-cluster", self.cluster, "--initial-cluster-state", "new"]
-        words += ["--heartbeat-interval", "50", "--election-timeout", "500", "--auto-tls=false"]
+        words += ["--heartbeat-interval", "100", "--election-timeout", "1000"]
         if self.tls is not None:
             words += ["--cert-file", str(self.tls / "etcd.pem"), "--key-file", str(self.tls / "etcd.key")]
         environment = {**os.environ, "ETCD_UNSUPPORTED_ARCH": ""}
@@ -111,7 +111,7 @@ class Etcd:
         """Client URLs of all members."""
         return [member.url for member in self.members]
 
-    async def wait_healthy(self, timeout_s: float = 30.0) -> None:
+    async def wait_healthy(self, timeout_s: float = 60.0) -> None:
         """Wait until every running member answers linearizable reads."""
         async with asyncio.timeout(timeout_s):
             for member in self.members:

@@ -1,0 +1,67 @@
+"""A pair with an etcd on a third host, and what is asked of both sides."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from ftd.errors import FtdError
+from ftd.monitor import Monitor
+from testbed.etcd import Etcd
+from testbed.hosts import GUEST_MAC, Host
+from testbed.namespaces import http_session
+from testbed.pair import HTTP_PORT, Daemon, Pair
+
+
+def arbitrated(etcd: Etcd) -> dict[str, Any]:
+    return {
+        "arbiter": {
+            "kind": "etcd",
+            "pair": "web",
+            "endpoints": etcd.endpoints,
+            "accept_split_brain": False,
+            "timeout_ms": 500,
+        }
+    }
+
+
+# A guest of its own would use it; here it is what QEMU holds output of.
+NIC = {"machine": {"nic": [{"tap": "tap0", "mac": GUEST_MAC}], "dirty_ring_size": 0}}
+
+
+async def boot(host: Host, daemon: Daemon) -> None:
+    """The dead host boots, and its daemon starts."""
+    host.revive()
+    assert host.memory_directory.is_dir()
+    await daemon.close()
+    await daemon.start()
+
+
+async def free_guests(pair: Pair) -> list[str]:
+    """Hosts on which a guest runs whose output is not held, as their QEMUs say."""
+    free = []
+    for daemon in (pair.primary, pair.backup):
+        with contextlib.suppress(OSError, FtdError, TimeoutError):
+            async with (
+                asyncio.timeout(1),
+                await Monitor.connect(daemon.run_dir / "operator.sock") as operator,
+            ):
+                if (await operator.execute("query-status"))["status"] != "running":
+                    continue
+                if not (await operator.execute("query-x-ft"))["output"]["holding"]:
+                    free.append(daemon.host.name)
+    return free
+
+
+def lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def post(daemon: Daemon, action: str, body: str = "") -> dict[str, Any]:
+
+    async with (
+        http_session(daemon.host.namespace, 60) as session,
+        session.post(f"http://127.0.0.1:{HTTP_PORT}/{action}", data=body) as answer,
+    ):
+        told: dict[str, Any] = await answer.json()
+        return told | {"code": answer.status}
