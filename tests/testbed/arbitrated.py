@@ -54,7 +54,11 @@ async def free_guests(pair: Pair) -> list[str]:
 
 
 def lives(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    """Whether a process runs; one that has ended and waits for somebody to notice does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 async def post(daemon: Daemon, action: str, body: str = "") -> dict[str, Any]:
