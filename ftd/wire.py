@@ -4,7 +4,7 @@ end.
 All numbers are little-endian. A message is this header and ``length`` bytes of payload:
 
     0   char[4]  magic "FTDM"
-    4   u16      protocol version, 1
+    4   u16      protocol version, 2
     6   u16      type (MessageType)
     8   u64      sequence: 0 for the first message of a connection and direction, then one more each time
     16  u64      length of the payload in bytes; each type has its limit
@@ -25,7 +25,7 @@ from types import MappingProxyType
 from ftd.errors import LinkError
 
 MAGIC = b"FTDM"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEADER_SIZE = 32
 
 _FIELDS = struct.Struct("<4sHHQQI")
