@@ -33,12 +33,24 @@ from ftd import log, tap
 from ftd.arbiter import Record
 from ftd.authority import Authority, Event, Standing, may_begin_session
 from ftd.config import Config
-from ftd.errors import FtdError, PeerError, QemuDied, QemuError, TakeoverRefused, friendly
+from ftd.disk import Copies, Image
+from ftd.errors import (
+    FtdError,
+    HostError,
+    PeerError,
+    QemuDied,
+    QemuError,
+    TakeoverRefused,
+    friendly,
+)
 from ftd.frame import PartBufferPool
 from ftd.inquiry import Inquiry, Outcome
 from ftd.link import LinkOptions, Listener, Session
-from ftd.machine import MachineDescription
+from ftd.machine import MachineDescription, guest_disks
+from ftd.marker import Marker, Worth, mark
 from ftd.messages import (
+    DiskDigestsWanted,
+    DiskLost,
     Goodbye,
     GuestStopped,
     HeartbeatSettings,
@@ -68,6 +80,12 @@ SPARE_BUFFERS = 512 << 20
 
 # Between two questions to an arbiter that does not answer.
 ASK_AGAIN_SECONDS = 0.5
+
+# How often what was written to the disks is made durable.
+DISK_SYNC_SECONDS = 2.0
+
+# A copy that fails, since a disk here is full, is not tried again at once: it keeps both hosts busy.
+AFTER_DISK_FAILURE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,9 @@ class Backup:
         self._description: MachineDescription | None = None
         self._arrived: asyncio.Queue[Session] = asyncio.Queue()
         self._guarding = False
+        self._markers: list[Marker] = []  # of the disks
+        self._disk_failure = ""
+        self._disk_failed_at = 0.0
 
     def on_generation(self, listener: Callable[[int], None]) -> None:
         """Have the listener told of each session's generation, before anything is acknowledged in it."""
@@ -198,6 +219,12 @@ class Backup:
             return Refusal(reason="the arbiter has not answered a question of this node; try again")
         if own is None or self._guarding:
             return Refusal(reason="the shadow is not ready; try again")
+        if self._disk_failure and time.monotonic() - self._disk_failed_at < AFTER_DISK_FAILURE_SECONDS:
+            return Refusal(reason=f"waiting a while after a failure: {self._disk_failure}")
+        for marker in self._markers:
+            refusal = marker.refusal_to_overwrite(hello.generation)
+            if refusal is not None:
+                raise PeerError(refusal)
         try:
             peer = MachineDescription.model_validate(hello.description)
         except ValueError:
@@ -230,7 +257,14 @@ class Backup:
         """Guard with this QEMU until an end, or until QEMU is lost: then return why."""
         info = await qemu.monitor.execute("query-x-ft")
         files = {block["name"]: block["path"] for block in info["blocks"] if block["shared-file"]}
-        shadow = await asyncio.to_thread(Shadow, files)
+        disks = await guest_disks(qemu.monitor)
+        self._markers = [Marker(disk.path, self._config.node.state_folder) for disk in disks]
+        copies = Copies([(disk.name, disk.path) for disk in disks])
+        try:
+            shadow = await asyncio.to_thread(Shadow, files)
+        except BaseException:
+            copies.close()
+            raise
         memory_limit = sum(block["max-length"] for block in info["blocks"])
         gone = asyncio.ensure_future(qemu.wait())
         try:
@@ -245,7 +279,7 @@ class Backup:
                 session = arrival.result()
                 self._guarding = True
                 try:
-                    outcome = await self._guard(session, qemu, shadow, memory_limit, gone)
+                    outcome = await self._guard(session, qemu, shadow, copies, memory_limit, gone)
                 finally:
                     self._guarding = False
                 if outcome is not None:
@@ -253,12 +287,14 @@ class Backup:
         finally:
             gone.cancel()
             shadow.close()
+            copies.close()
 
     async def _guard(
         self,
         session: Session,
         qemu: QemuProcess,
         shadow: Shadow,
+        copies: Copies,
         memory_limit: int,
         gone: asyncio.Future[int | None],
     ) -> TakenOver | GuestEnded | str | None:
@@ -270,6 +306,8 @@ class Backup:
         self._authority.on(Event.SYNC)
         self._claimable = False
         self._forced = asyncio.get_running_loop().create_future()
+        disk_failed = False
+        copied = asyncio.Event()  # once a frame is committed
         report.set_generation(generation)
         report.peer_name, report.peer_connected = session.peer_node, True
         report.heartbeat_age = lambda: session.heartbeat_age
@@ -277,19 +315,29 @@ class Backup:
         report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
         shadow.begin_sync(generation)
         report.flight.note("session", peer=session.peer_node, generation=generation)
+        if not await self._mark(Worth.SYNCING, generation):
+            report.peer_connected = False
+            await session.close("the disks here cannot be marked as incomplete")
+            report.machine.move(PairState.WAITING, "the disks here cannot be marked as incomplete")
+            return None
 
         def on_committed(frame: Committed) -> None:
             report.epoch = frame.epoch + 1
             report.committed_epoch(frame.epoch)
+            if copies.images:
+                report.journal(frame.requests, frame.journal_bytes)
             if frame.first:
                 self._authority.on(Event.COMMITTED)
                 self._claimable = True
+                copied.set()
                 report.end_sync()
                 report.machine.move(PairState.PROTECTED, f"epoch {frame.epoch} is committed")
             session.set_beat(report.machine.state.value, frame.epoch)
 
-        def on_failed(reason: str) -> None:
+        def on_failed(reason: str, disk: bool) -> None:
+            nonlocal disk_failed
             if not failure.done():
+                disk_failed = disk
                 failure.set_result(reason)
 
         receiver = Receiver(
@@ -302,8 +350,12 @@ class Backup:
             on_received=lambda size: report.metrics.add_link_bytes("frames", received=size),
             on_verified=self._on_verified,
             on_failed=on_failed,
+            on_applied=lambda epoch, seconds: report.disks_applied(seconds) if copies.images else None,
+            copies=copies,
+            replicate=self._config.disks.apply,
         )
-        messages = asyncio.ensure_future(self._listen(session))
+        messages = asyncio.ensure_future(self._listen(session, receiver))
+        keeper = asyncio.ensure_future(self._keep_disks(copies, copied, generation, on_failed))
         lost = asyncio.ensure_future(session.wait_lost())
         try:
             ends: set[asyncio.Future[Any]] = {messages, lost, gone, failure, self._forced}
@@ -318,7 +370,11 @@ class Backup:
             if failure.done() and not lost.done():
                 _log.error("what the primary sent cannot be used", reason=failure.result())
                 with contextlib.suppress(FtdError):
-                    await session.send(Resync(reason=failure.result()))
+                    if disk_failed:
+                        self._disk_failure, self._disk_failed_at = failure.result(), time.monotonic()
+                        await session.send(DiskLost(reason=failure.result()))
+                    else:
+                        await session.send(Resync(reason=failure.result()))
                 await session.close(failure.result())
                 await receiver.drain()
                 self._spoiled()
@@ -350,7 +406,8 @@ class Backup:
                     return None
                 loss: _Loss | None
                 loss = _Loss("switchover", "asked for", decided, decided, said.running)
-                outcome = await self._take_over(loss, qemu, shadow, generation, gone)
+                keeper.cancel()
+                outcome = await self._take_over(loss, qemu, shadow, copies, generation, gone)
                 if isinstance(outcome, TakenOver) and session.lost is None:
                     with contextlib.suppress(FtdError):
                         await session.send(TookOver(generation=outcome.generation))
@@ -369,7 +426,8 @@ class Backup:
                 self._spoiled()
                 report.machine.move(PairState.WAITING, f"the primary left: {reason}")
                 return None
-            return await self._take_over(loss, qemu, shadow, generation, gone)
+            keeper.cancel()
+            return await self._take_over(loss, qemu, shadow, copies, generation, gone)
         except BaseException:
             if session.lost is None:
                 await session.close("this backup stops")
@@ -377,6 +435,7 @@ class Backup:
         finally:
             messages.cancel()
             lost.cancel()
+            keeper.cancel()
             report.peer_connected = False
             report.heartbeat_age = lambda: None
             if session.lost is None:
@@ -388,13 +447,50 @@ class Backup:
         if self._authority.knows(Event.SPOILED):
             self._authority.on(Event.SPOILED)
 
-    async def _listen(self, session: Session) -> GuestStopped | QemuLost | Yield | Goodbye | None:
+    async def _mark(self, worth: Worth, generation: int) -> bool:
+        """Note what the disks here are worth. Returns whether that was possible."""
+        try:
+            await asyncio.to_thread(mark, self._markers, worth, generation, self._config.node.name)
+        except HostError as error:
+            _log.error("the disks are not marked", worth=worth, reason=friendly(error))
+            return False
+        return True
+
+    async def _keep_disks(
+        self,
+        copies: Copies,
+        copied: asyncio.Event,
+        generation: int,
+        on_failed: Callable[[str, bool], None],
+    ) -> None:
+        """Mark the copy as complete, and make it durable again and again.
+
+        Nobody waits for it: a backup that loses its power is not taken over to, and is copied anew. But
+        should this host take over and lose its power, too, the less is lost, the more is durable.
+        """
+        if not copies.images:
+            return
+        await copied.wait()
+        await self._mark(Worth.COPY, generation)
+        while True:
+            await asyncio.sleep(DISK_SYNC_SECONDS)
+            try:
+                await asyncio.to_thread(copies.sync)
+            except HostError as error:
+                on_failed(friendly(error), True)
+                return
+
+    async def _listen(
+        self, session: Session, receiver: Receiver
+    ) -> GuestStopped | QemuLost | Yield | Goodbye | None:
         """Return the message of the primary that ends this session, or None if it ended without one."""
         try:
             while True:
                 message = await session.receive()
                 if isinstance(message, GuestStopped | QemuLost | Yield | Goodbye):
                     return message
+                if isinstance(message, DiskDigestsWanted):
+                    receiver.ask(message)
         except LinkLost:
             return None
 
@@ -436,6 +532,20 @@ class Backup:
                 block=difference.block,
                 page=difference.page,
             )
+
+    async def _make_durable(self) -> None:
+        def sync() -> None:
+            for marker in self._markers:
+                image = Image(marker.image.name, marker.image)
+                try:
+                    image.sync()
+                finally:
+                    image.close()
+
+        try:
+            await asyncio.to_thread(sync)
+        except HostError as error:
+            _log.error("the disks are not durable yet", reason=friendly(error))
 
     # ---- takeover -----------------------------------------------------------------------------------------
 
@@ -488,6 +598,7 @@ class Backup:
         loss: _Loss,
         qemu: QemuProcess,
         shadow: Shadow,
+        copies: Copies,
         generation: int,
         gone: asyncio.Future[int | None],
     ) -> TakenOver | GuestEnded | str | None:
@@ -523,9 +634,11 @@ class Backup:
             return None
         epoch = shadow.committed_epoch
         assert epoch is not None
+        copies.close()  # QEMU wants the locks
         try:
             running = await start_shadow(qemu.monitor, shadow, self._config.machine.nic, resume=loss.resume)
         except TakeoverRefused as error:
+            copies.open()
             report.metrics.takeovers_refused.inc()
             report.machine.move(PairState.WAITING, str(error))
             return None
@@ -548,6 +661,10 @@ class Backup:
             loss.trigger, epoch, detection=detection, activation=activation, total=detection + activation
         )
         report.machine.move(PairState.TAKEN_OVER, f"{loss.trigger}: {loss.detail}")
+        if self._markers:
+            # It runs already, and these only matter after the next failure.
+            await self._mark(Worth.ALONE, generation + 1)
+            await self._make_durable()
         _log.warning(
             "took over",
             epoch=epoch,

@@ -327,6 +327,13 @@ def _status_lines(status: Status) -> Iterator[tuple[str, str]]:
         yield "copy", f"{status.sync.progress:.0%}, round {status.sync.rounds}"
     elif status.sync.seconds is not None:
         yield "copy", f"took {seconds_text(status.sync.seconds)}"
+    if status.sync.disk_bytes:
+        sync = status.sync
+        yield (
+            "copy of disks",
+            f"{sync.disk_bytes_compared / sync.disk_bytes:.0%} of {bytes_text(sync.disk_bytes)} compared, "
+            f"{bytes_text(sync.disk_bytes_sent)} sent",
+        )
     yield "epoch", f"{epoch.current} running, {epoch.committed} committed, {epoch.aborted} aborted"
     stretched = f", stretched {epoch.stretch:.1f} ×" if epoch.stretch > 1.01 else ""
     chosen = f", aims at {seconds_text(epoch.target)}, decided by {epoch.decided_by}"

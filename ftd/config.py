@@ -324,6 +324,31 @@ class Staging(_Section):
     )
 
 
+class Disks(_Section):
+    """How the guest's disks are replicated; without effect for a guest that has none."""
+
+    journal_mib: int = Field(
+        default=32,
+        ge=1,
+        le=256,
+        description="MiB that the guest may write to its disks in an epoch before it has to wait. Each "
+        "staging slot is larger by as much. Default: 32.",
+    )
+    sync_mib_per_s: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="MiB a second that the copy of disks may send, so that others on the link find room. "
+        "0: as fast as it goes. Default: 0.",
+    )
+    apply: Literal["committed", "early", "never"] = Field(
+        default="committed",
+        description="When the backup repeats what the guest wrote. `committed`: with its epoch. The others "
+        "damage the disk at a takeover, and are for tests that show just this: `early` is an epoch ahead of "
+        "memory, `never` does not. Default: committed.",
+    )
+
+
 class Output(_Section):
     """The guest's network output, which is held until its epoch is committed."""
 
@@ -361,10 +386,39 @@ class Nic(_Section):
     )
 
 
+class Disk(_Section):
+    """A disk that the guest can write to. The backup needs the same disks in the same order."""
+
+    path: ConfigPath = Field(
+        description="Raw image or block device on this host; it must exist, and have the same size on both. "
+        "On the backup it is overwritten. Required.",
+    )
+    model: str = Field(
+        default="virtio-blk-pci",
+        pattern=r"^[a-z0-9][a-z0-9-]*$",
+        description="QEMU's name of the disk. Default: virtio-blk-pci.",
+    )
+    cache: Literal["none", "writeback"] = Field(
+        default="none",
+        description="`none`: what the guest writes goes past this host's page cache; `writeback`: it goes "
+        "into it, for file systems that cannot do otherwise. Both are safe. Default: none.",
+    )
+    discard: bool = Field(
+        default=True,
+        description="Give space back that the guest discards. What it discarded reads as zeros. "
+        "Default: true.",
+    )
+    iothread: bool = Field(
+        default=False,
+        description="Serve the disk in a thread of its own. Only for virtio disks. Default: false.",
+    )
+
+
 class Machine(_Section):
     """The virtual machine.
 
-    All must match the peer, but `qemu`, `firmware`, `memory_path`, `console`, `attach`, and `tap` of a card.
+    All must match the peer, but `qemu`, `firmware`, `memory_path`, `console`, `attach`, `tap` of a card, and
+    `path`, `cache` and `discard` of a disk.
     """
 
     qemu: ConfigPath | None = Field(
@@ -436,6 +490,11 @@ class Machine(_Section):
     nic: tuple[Nic, ...] = Field(
         default=(), strict=False, description="Network cards, each a [[machine.nic]]. Default: none."
     )
+    disk: tuple[Disk, ...] = Field(
+        default=(),
+        strict=False,
+        description="Disks that the guest can write to, each a [[machine.disk]]. Default: none.",
+    )
     attach: ConfigPath | None = Field(
         default=None,
         description="QMP socket of a QEMU that runs already, to be protected instead of starting one. Only "
@@ -468,6 +527,17 @@ class Machine(_Section):
                         f"nic.{position}.{what}",
                         f"is that of number {values.index(value) + 1}, too; give each its own",
                     )
+        paths = [disk.path for disk in self.disk]
+        for position, disk in enumerate(self.disk):
+            if disk.path in paths[:position]:
+                raise _WrongError(
+                    f"disk.{position}.path",
+                    f"is that of number {paths.index(disk.path) + 1}, too; give each its own",
+                )
+            if disk.iothread and not disk.model.startswith("virtio-"):
+                raise _WrongError(
+                    f"disk.{position}.iothread", "is for virtio disks only; remove it, or the other model"
+                )
         return self
 
 
@@ -600,6 +670,7 @@ class Config(_Section):
     heartbeat: Heartbeat = Heartbeat()
     epoch: Epoch = Epoch()
     staging: Staging = Staging()
+    disks: Disks = Disks()
     output: Output = Output()
     machine: Machine = Machine()
     http: Http = Http()
@@ -692,6 +763,10 @@ def check_files(config: Config) -> None:
         "[arbiter] certificate": config.arbiter.certificate,
         "[arbiter] key": config.arbiter.key,
         "[arbiter] password_file": config.arbiter.password_file,
+        **{
+            f"[[machine.disk]] number {number}, path": disk.path
+            for number, disk in enumerate(config.machine.disk, 1)
+        },
     }
     problems = []
     for key, path in named.items():
@@ -841,9 +916,9 @@ def _where(location: list[int | str]) -> str:
         return f"[{location[0]}]" if location[0] in Config.model_fields else str(location[0])
     head, *rest = location
     number = next((place for place, part in enumerate(rest) if isinstance(part, int)), None)
-    if number is not None and rest[0] == "nic":
+    if number is not None and rest[0] in ("nic", "disk"):
         key = ".".join(map(str, rest[number + 1 :]))
-        return f"[[{head}.nic]] number {int(rest[number]) + 1}" + (f", {key}" if key else "")
+        return f"[[{head}.{rest[0]}]] number {int(rest[number]) + 1}" + (f", {key}" if key else "")
     return f"[{head}] " + "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in rest)
 
 

@@ -26,11 +26,17 @@ from typing import Any, Protocol
 
 from ftd import log
 from ftd.config import Config
-from ftd.errors import FtdError, QemuDied, QemuError
+from ftd.disk import Image
+from ftd.disksync import DiskCopy
+from ftd.errors import FtdError, HostError, LinkError, QemuDied, QemuError
 from ftd.frame import U64Array, listed_pages
 from ftd.link import Session
+from ftd.machine import guest_disks
+from ftd.marker import Marker, Worth, mark
 from ftd.messages import (
     Ack,
+    DiskDigests,
+    DiskLost,
     GuestStopped,
     QemuLost,
     Resync,
@@ -183,6 +189,8 @@ class Protection:
         self._yielding = False
         # Whether the guest stands still since it was to be handed over, and ran before.
         self.stopped_guest = False
+        self._images: list[Image] = []
+        self._disk_copy: DiskCopy | None = None
         self._verify_next = False
         self._verifying: dict[int, asyncio.Future[VerifyReport]] = {}
 
@@ -205,6 +213,7 @@ class Protection:
         subscriptions = [
             self._monitor.on("X_FT_DIRTY_PRESSURE", self._on_pressure),
             self._monitor.on("X_FT_OUTPUT_FULL", self._on_pressure),
+            self._monitor.on("X_FT_JOURNAL_FULL", self._on_pressure),
             self._monitor.on("X_FT_ABANDONED", self._on_abandoned),
         ]
         try:
@@ -234,8 +243,17 @@ class Protection:
 
     async def _protect(self) -> None:
         await self._begin()
+        await self._copy_disks()
         await self._copy()
         first = self._epoch
+        if self._images:
+            # From the first commit on the backup may take over, whatever this host comes to know of it.
+            markers = [Marker(image.path, self._config.node.state_folder) for image in self._images]
+            note = (Worth.REPLICATED, self._generation, self._config.node.name)
+            try:
+                await asyncio.to_thread(mark, markers, *note)
+            except HostError as error:
+                raise _no_disks(error) from None
         began, _ = await self._checkpoint()
         await self._wait_for(lambda: first not in self._in_flight)
         self._report.end_sync()
@@ -286,7 +304,14 @@ class Protection:
         self._report.begin_sync()
         info = await self._monitor.execute("query-x-ft")
         memory = sum(block["max-length"] for block in info["blocks"])
-        size = slot_size(config.staging.slot_mib << 20, memory)
+        disks = await guest_disks(self._monitor)
+        try:
+            for disk in disks:
+                self._images.append(Image(disk.name, disk.path))
+        except HostError as error:
+            raise _no_disks(error) from None
+        journal = config.disks.journal_mib << 20
+        size = slot_size(config.staging.slot_mib << 20, memory, journal if disks else 0)
         self._staging = await asyncio.to_thread(Staging, config.staging.slots, size)
         for slot in self._staging.slots:
             await self._monitor.send_descriptor(slot.name, slot.fd)
@@ -302,6 +327,8 @@ class Protection:
             pressure_pages=int(pages * PRESSURE),
             output_limit=config.output.limit_mib << 20 if config.output.hold else 0,
             release_fd="ftd-release",
+            disks=[disk.node_name for disk in disks],
+            journal_limit=journal,
             **({} if config.epoch.tracker == "auto" else {"tracker": config.epoch.tracker}),
         )
         self._slot_pages = status["pages-per-slot"]
@@ -310,6 +337,49 @@ class Protection:
         self._report.begin_epoch(self._epoch)
         self._report.pace(self._pace)
         self._report.speculation(self._speculation)
+
+    async def _copy_disks(self) -> None:
+        """Have the backup's disks made equal; what the guest writes from now on comes in journals."""
+        if not self._images:
+            return
+        assert self._sender is not None
+        self._disk_copy = DiskCopy(
+            self._images,
+            self._generation,
+            bytes_per_second=self._config.disks.sync_mib_per_s << 20,
+            ask=self._session.send,
+            send=self._sender.send_message,
+            close_journal=self._close_journal,
+            wait_for_pressure=self._wait_for_pressure,
+            on_progress=self._report.disk_sync,
+        )
+        try:
+            await self._disk_copy.run()
+        except LinkLost:
+            raise
+        except (HostError, LinkError) as error:
+            raise _no_disks(error) from None
+        finally:
+            self._disk_copy = None
+
+    async def _close_journal(self) -> None:
+        """Send what the guest has written to its disks, and nothing of its memory."""
+        self._pressed = -1
+        slot = await self._free_slot()
+        await self._gather("x-ft-collect", slot, memory=False)
+        self._send(slot)
+
+    async def _wait_for_pressure(self, seconds: float) -> bool:
+        """Wait so long, or until QEMU wants to get rid of something; return whether it does."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not self._pressure:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                break
+        return self._pressure
 
     async def _copy(self) -> None:
         """Live rounds: first over all memory, then over what became dirty meanwhile, until that is little."""
@@ -415,7 +485,7 @@ class Protection:
         epoch = self._epoch
         every = self._config.epoch.verify_every
         digest = self._verify_next or bool(every and epoch % every == 0)
-        size = pages = parts = 0
+        size = pages = parts = requests = journal = 0
         early = self._early
         listed: list[U64Array] = []
         pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 0)
@@ -433,6 +503,8 @@ class Protection:
             parts += 1
             if early is not None:
                 listed.append(listed_pages(slot.view))
+            requests += part["journal-requests"]
+            journal += part["journal-bytes"]
             for name in pause:
                 pause[name] += part["pause"][name]
             if part["complete"]:
@@ -450,6 +522,8 @@ class Protection:
         loop.call_later(ACCOUNT_AFTER, self._keep_account, pause, part["output"], pages, self._last_size)
         if early is not None:
             loop.call_later(ACCOUNT_AFTER, self._learn_from_round, early, listed)
+        if self._images:
+            loop.call_later(ACCOUNT_AFTER, self._report.journal, requests, journal)
         if digest and self._verify_next:
             self._verify_next = False
             self._verifying[epoch] = self._verifying.pop(-1)
@@ -528,6 +602,17 @@ class Protection:
                     self._on_verified(message)
                 case SyncProgress():
                     pass
+                case DiskDigests() if self._disk_copy is not None:
+                    try:
+                        self._disk_copy.on_digests(message)
+                    except LinkError as error:
+                        raise _no_disks(error) from None
+                case DiskLost(reason=reason):
+                    raise ProtectionLost(
+                        f"{self._session.peer_node} has lost its copy of a disk: {reason}",
+                        resync=False,
+                        aborted="invalid",
+                    )
                 case Resync(reason=reason):
                     raise ProtectionLost(
                         f"{self._session.peer_node} needs a new copy: {reason}",
@@ -641,6 +726,13 @@ class Protection:
             os.close(self._release)
         if self._staging is not None:
             self._staging.close()
+        for image in self._images:
+            image.close()
+
+
+def _no_disks(error: FtdError) -> ProtectionLost:
+    """Return that a disk cannot be replicated: to begin anew at once would not help."""
+    return ProtectionLost(f"a disk cannot be replicated: {error}", resync=False, aborted="invalid")
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

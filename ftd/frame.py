@@ -10,7 +10,8 @@ here.
     ...     zeros    u64 each                      zeros    | the `size` bytes of each section,
     ...     data     4096 bytes each, aligned      data     | in this order, without gaps
     ...     device   a byte stream                 device   |
-    ...     digests  u64 for every page of RAM     digests /
+    ...     digests  u64 for every page of RAM     digests  |
+    ...     journal  requests to disks             journal /
 
 A page is named by one number, an *entry*: block index << 48 | page number in the block.
 
@@ -36,10 +37,11 @@ import numpy.typing as npt
 import xxhash
 
 from ftd.errors import FrameError
+from ftd.journal import REQUEST_SIZE, Journal
 
 PAGE_SIZE = 4096
 HEADER_SIZE = 4096
-VERSION = 1
+VERSION = 2
 MAGIC = b"FTDSLOT\0"
 BLOCK_SIZE = 320
 """Bytes of one entry of the block table."""
@@ -49,7 +51,7 @@ NAME_SIZE = 256
 PART_LIMIT = 1 << 30
 """Bytes of the largest part that is accepted when the caller names no limit."""
 
-SECTIONS = ("blocks", "pages", "zeros", "data", "device", "digests")
+SECTIONS = ("blocks", "pages", "zeros", "data", "device", "digests", "journal")
 _ITEM_SIZE = {"blocks": BLOCK_SIZE, "pages": 8, "zeros": 8, "data": PAGE_SIZE, "digests": 8}
 
 _FLAG_COMPLETE = 1
@@ -237,7 +239,14 @@ def parse_header(data: Bytes, *, limit: int = PART_LIMIT) -> Header:
 def _check_sections(header: Header, limit: int) -> None:
     end = HEADER_SIZE
     for name, s in zip(SECTIONS, header.sections, strict=True):
-        if name == "device":
+        if name == "journal":
+            _expect(
+                s.size >= s.count * REQUEST_SIZE and (s.count > 0 or s.size == 0),
+                "size of journal",
+                s.size,
+                f"{s.count} requests of {REQUEST_SIZE} bytes and their data",
+            )
+        elif name == "device":
             _expect(
                 s.count == (1 if s.size else 0),
                 "count of device",
@@ -307,7 +316,8 @@ class Part:
     """One part of a frame: views into the bytes of a slot or of a receive buffer; nothing is copied.
 
     Shapes: `pages` (n,) and `zeros` (m,) of uint64 entries, `data` (n, 4096) of uint8, `digests` (k,) of
-    uint64. `device` is a memoryview of bytes. All are read-only, and mean something only after `verify`.
+    uint64. `device` is a memoryview of bytes, `journal` the requests to disks. All are read-only, and mean
+    something only after `verify`.
     """
 
     def __init__(
@@ -321,6 +331,7 @@ class Part:
         self.zeros: U64Array = _frombuffer(self._sections["zeros"], "<u8").view(np.uint64)
         self.data: ByteArray = _frombuffer(self._sections["data"], "u1").view(np.uint8).reshape(-1, PAGE_SIZE)
         self.digests: U64Array = _frombuffer(self._sections["digests"], "<u8").view(np.uint64)
+        self.journal = Journal(self._sections["journal"], header.section("journal").count)
 
     @classmethod
     def from_slot(cls, slot: Bytes, *, limit: int = PART_LIMIT) -> "Part":
@@ -390,6 +401,7 @@ class Part:
             found = checksum(self._sections[name])
             _expect(s.checksum == found, f"checksum of {name}", f"{s.checksum:#018x}", f"{found:#018x}")
         _check_entries(self.blocks, self.pages, self.zeros)
+        self.journal.verify()
         if self.digests.size:
             total = sum(block.pages for block in self.blocks)
             _expect(
@@ -405,7 +417,7 @@ class Part:
         self._verified = False
         self._sections = {}
         # Whoever uses the part after this meets missing attributes, not the bytes of another part.
-        for name in ("pages", "zeros", "data", "digests"):
+        for name in ("pages", "zeros", "data", "digests", "journal"):
             self.__dict__.pop(name, None)
         on_release, self._on_release = self._on_release, None
         if on_release is not None:
@@ -482,19 +494,23 @@ def _round_up(value: int, to: int) -> int:
 
 
 def lay_out(
-    *, blocks: int, pages: int, zeros: int, device: int, digests: int
+    *, blocks: int, pages: int, zeros: int, device: int, digests: int, requests: int = 0, journal: int = 0
 ) -> tuple[tuple[Section, ...], int]:
     """Return the sections of a slot image that holds just so much, and its size in bytes, a multiple of 4096.
 
-    `device` counts bytes, the others count items. The checksums in the sections are 0.
+    `device` and `journal` count bytes, the others count items. The checksums in the sections are 0.
     """
     sections = []
     at = HEADER_SIZE
     counts = {"blocks": blocks, "pages": pages, "zeros": zeros, "data": pages, "digests": digests}
     for name in SECTIONS:
         at = _round_up(at, PAGE_SIZE if name == "data" else 8)
-        count = min(device, 1) if name == "device" else counts[name]
-        size = device if name == "device" else count * _ITEM_SIZE[name]
+        if name == "device":
+            count, size = min(device, 1), device
+        elif name == "journal":
+            count, size = requests, journal
+        else:
+            count, size = counts[name], counts[name] * _ITEM_SIZE[name]
         sections.append(Section(at, size, count, 0))
         at += size
     return tuple(sections), _round_up(at, PAGE_SIZE)
@@ -514,11 +530,14 @@ def encode_slot(
     zeros: npt.ArrayLike = (),
     device: Bytes = b"",
     digests: npt.ArrayLike = (),
+    requests: int = 0,
+    journal: Bytes = b"",
     allocate: Callable[[int], memoryview] | None = None,
 ) -> memoryview:
     """Build a slot image and return it, a writable memoryview of a whole number of pages.
 
-    `pages` and `zeros` are entries, `data` is (n, 4096) uint8. `allocate` is given the size in bytes and
+    `pages` and `zeros` are entries, `data` is (n, 4096) uint8, `journal` is a section of `requests` requests
+    (journal.encode). `allocate` is given the size in bytes and
     returns the zero-filled memory to build in (a mapped memfd, say); a bytearray by default. Does not check
     what it is told: the tests build invalid parts with it. This is the one encoder outside QEMU; the load
     image of a takeover is built by it.
@@ -528,7 +547,13 @@ def encode_slot(
     digests = np.asarray(digests, dtype="<u8")
     data = np.empty((0, PAGE_SIZE), dtype=np.uint8) if data is None else data
     places, size = lay_out(
-        blocks=len(blocks), pages=len(pages), zeros=len(zeros), device=len(device), digests=len(digests)
+        blocks=len(blocks),
+        pages=len(pages),
+        zeros=len(zeros),
+        device=len(device),
+        digests=len(digests),
+        requests=requests,
+        journal=len(journal),
     )
     view = memoryview(bytearray(size)) if allocate is None else allocate(size)
     out = np.frombuffer(view, dtype=np.uint8)
@@ -539,6 +564,7 @@ def encode_slot(
         np.ascontiguousarray(data).reshape(-1),
         device,
         digests.view(np.uint8),
+        journal,
     ]
     sections = []
     for place, content in zip(places, contents, strict=True):

@@ -10,11 +10,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ftd.config import MIB
+from ftd.disk import is_image
 from ftd.errors import ConfigError, QemuError
 from ftd.monitor import Monitor
 
@@ -35,6 +37,9 @@ class MachineDescription(BaseModel):
     devices: dict[str, str] = Field(
         description="What is at each place: PCI address, device id, or built-in type."
     )
+    disks: dict[str, int] = Field(
+        default={}, description="Size in bytes of every disk that the guest can write to, by its device."
+    )
 
     @classmethod
     async def of(cls, monitor: Monitor) -> Self:
@@ -54,6 +59,7 @@ class MachineDescription(BaseModel):
             memory_bytes=memory["base-memory"] + memory.get("plugged-memory", 0),
             ram_blocks=await _ram_blocks(monitor),
             devices=await _devices(monitor),
+            disks={disk.name: disk.size for disk in await guest_disks(monitor)},
         )
 
     def differences(self, peer: MachineDescription) -> list[str]:
@@ -86,7 +92,11 @@ class MachineDescription(BaseModel):
             "device",
             self.devices,
             peer.devices,
-            "give both the same [[machine.nic]] and arguments, in the same order",
+            "give both the same [[machine.nic]], [[machine.disk]] and arguments, in the same order",
+        )
+        mine, theirs = ({name: f"{size} bytes" for name, size in side.disks.items()} for side in (self, peer))
+        lines += _mapping_differences(
+            "disk", mine, theirs, "make both images the same size (truncate -s, lvresize)"
         )
         return lines
 
@@ -235,8 +245,8 @@ _RULES = (
     _Rule(
         _DISKS,
         r"^(?!.*(\bread-?only=on\b|\bmedia=cdrom\b))",
-        "disks are not replicated yet, so a takeover would go on with another disk",
-        "run the guest from memory, or write readonly=on",
+        "a disk that is given like this is not replicated, so a takeover would go on with another one",
+        "use [[machine.disk]], or write readonly=on",
     ),
     _Rule(None, r"(^|,)vhost(force)?=on\b", _BYPASSES_QEMU, "write vhost=off"),
     _Rule(_NETWORK, r"^vhost-", _BYPASSES_QEMU, "use [[machine.nic]] or a tap without vhost"),
@@ -244,8 +254,8 @@ _RULES = (
     _Rule(frozenset({"device"}), r"^vfio-", _NOT_SAVED, "use an emulated or virtio device"),
     _Rule(frozenset({"device"}), r"^usb-(host|redir)\b", _NOT_SAVED, "use an emulated device"),
     _Rule(frozenset({"device"}), r"^ivshmem-", "shares memory that others write to", "remove it"),
-    _Rule(frozenset({"device"}), r"^virtio-9p-", "changes files of this host only", "use a disk"),
-    _Rule(frozenset({"fsdev", "virtfs"}), r"", "changes files of this host only", "use a disk"),
+    _Rule(frozenset({"device"}), r"^virtio-9p-", "changes files of this host only", "use [[machine.disk]]"),
+    _Rule(frozenset({"fsdev", "virtfs"}), r"", "changes files of this host only", "use [[machine.disk]]"),
     _Rule(frozenset({"snapshot"}), r"", "keeps writes in a file that the backup lacks", "remove it"),
     _Rule(None, r"(^|,)snapshot=on\b", "keeps writes in a file that the backup lacks", "write snapshot=off"),
     _Rule(frozenset({"readconfig"}), r"", "hides settings from these checks", "write them as arguments"),
@@ -290,16 +300,42 @@ def refuse_devices(description: MachineDescription) -> None:
                 )
 
 
-async def refuse_disks(monitor: Monitor) -> None:
-    """Checks that the guest can write to no disk. Raises QemuError naming the first one that it can."""
+class GuestDisk(NamedTuple):
+    """A disk that the guest can write to: its device, QEMU's name of the image, its file, its bytes."""
+
+    name: str
+    node_name: str
+    path: Path
+    size: int
+
+
+async def guest_disks(monitor: Monitor) -> list[GuestDisk]:
+    """Return the disks that the guest can write to, in the order in which both sides number them.
+
+    Raises QemuError naming the first one that cannot be replicated.
+    """
+    disks = []
     for drive in await monitor.execute("query-block"):
         medium = drive.get("inserted")
-        if medium is not None and not medium["ro"]:
-            name = drive.get("qdev") or drive.get("device") or medium.get("node-name", "?")
+        place = drive.get("qdev")
+        if medium is None or medium["ro"] or not place:
+            continue
+        match = re.search(r"/(?:peripheral|peripheral-anon)/([^/]+)", place)
+        name = match[1] if match else place
+        file = medium.get("file", "?")
+        if medium["drv"] != "raw":
             raise QemuError(
-                f"disk {name} ({medium.get('file', '?')}): disks are not replicated yet, so a takeover would "
-                "go on with another disk; start QEMU without it, or with readonly=on"
+                f"disk {name} ({file}): is of format {medium['drv']}, and only raw images are replicated; "
+                f"stop the guest, convert it with qemu-img convert -O raw, and start QEMU with format=raw"
             )
+        path = Path(file)
+        if not path.is_absolute() or not is_image(path):
+            raise QemuError(
+                f"disk {name} ({file}): is not a file or block device of this host; start QEMU with a raw "
+                "image or a logical volume, given by its absolute path"
+            )
+        disks.append(GuestDisk(name, medium["node-name"], path, medium["image"]["virtual-size"]))
+    return sorted(disks)
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

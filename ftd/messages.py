@@ -4,7 +4,8 @@ A message names its `kind`. Kinds and fields that are not known are refused, as 
 receiver never has to guess. Texts are for people: they are made one line and cut to TEXT_LIMIT on both sides.
 
     handshake   Hello → Welcome | Refusal        first on each connection
-    control     Ack, SyncProgress, VerifyResult, GuestStopped, QemuLost, Resync, Yield, TookOver, Goodbye
+    control     Ack, SyncProgress, VerifyResult, GuestStopped, QemuLost, Resync, DiskDigestsWanted,
+                DiskDigests, DiskLost, Yield, TookOver, Goodbye
     heartbeat   Heartbeat, Goodbye
 """
 
@@ -184,6 +185,33 @@ class TookOver(_Model):
     generation: Number
 
 
+class DiskDigestsWanted(_Model):
+    """The primary asks for digests of pieces of a disk; bytes. See ftd.disksync."""
+
+    kind: Literal["disk-digests-wanted"] = "disk-digests-wanted"
+    number: Number
+    disk: Number
+    offsets: list[Number] = Field(min_length=1, max_length=64)
+    length: int = Field(ge=1, le=64 << 20)
+    piece: Literal[4096, 1048576]
+    seed: Number
+
+
+class DiskDigests(_Model):
+    """The backup's answer: one digest of 16 bytes for each piece, in base64."""
+
+    kind: Literal["disk-digests"] = "disk-digests"
+    number: Number
+    digests: str = Field(max_length=500_000)
+
+
+class DiskLost(_Model):
+    """The backup cannot write to one of its disks: it is of no use until somebody has looked at it."""
+
+    kind: Literal["disk-lost"] = "disk-lost"
+    reason: Text
+
+
 class Goodbye(_Model):
     """The sender leaves as planned. Last message on control and on heartbeat."""
 
@@ -208,7 +236,18 @@ class Heartbeat(_Model):
 
 HandshakeMessage = Hello | Welcome | Refusal
 ControlMessage = (
-    Ack | SyncProgress | VerifyResult | GuestStopped | QemuLost | Resync | Yield | TookOver | Goodbye
+    Ack
+    | SyncProgress
+    | VerifyResult
+    | GuestStopped
+    | QemuLost
+    | Resync
+    | DiskDigestsWanted
+    | DiskDigests
+    | DiskLost
+    | Yield
+    | TookOver
+    | Goodbye
 )
 HeartbeatMessage = Heartbeat | Goodbye
 Message = HandshakeMessage | ControlMessage | Heartbeat

@@ -84,6 +84,9 @@ PAGE_BUCKETS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 # The same span as the pages, in bytes, with room below for frames of device state only.
 FRAME_BUCKETS = (16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864, 268435456, 1073741824)
 
+# From an idle guest's none to what a fast disk does in a long epoch, a factor of four apart.
+REQUEST_BUCKETS = (0, 1, 4, 16, 64, 256, 1024, 4096)
+
 # Commit is a trip over the link: 0.2 ms for an empty frame in one rack, 15 ms for 16 MiB at 10 Gbit/s, 150 ms
 # at 1 Gbit/s, and as long as a slow link takes. It is what output waits for, so the steps are a factor of two
 # apart.
@@ -270,6 +273,36 @@ class Metrics:
         )
         self.syncs = self._counter("ftd_syncs_completed_total", "Copies that led to a protected guest.")
 
+        # Disks
+        self.epoch_disk_requests = self._histogram(
+            "ftd_epoch_disk_requests",
+            "Requests of the guest to its disks in an epoch: writes, discards and flushes.",
+            REQUEST_BUCKETS,
+        )
+        self.epoch_journal_bytes = self._histogram(
+            "ftd_epoch_journal_bytes",
+            "Bytes of an epoch's journal of disks. An epoch whose journal reaches [disks] journal_mib makes "
+            "the guest wait.",
+            FRAME_BUCKETS,
+        )
+        self.disk_apply_lag = self._gauge(
+            "ftd_disk_apply_lag_seconds",
+            "How long after its acknowledgement the last frame was on the backup's disks; NaN before the "
+            "first.",
+        )
+        self.disk_sync_progress = self._gauge(
+            "ftd_disk_sync_progress_ratio",
+            "How much of the disks has been compared with the backup's copy in this copy, or the last: 0 to "
+            "1; NaN before the first.",
+        )
+        self.disk_sync_sent = self._counter(
+            "ftd_disk_sync_sent_bytes_total", "Bytes of disks that were copied, since they differed."
+        )
+        self.disk_sync_spared = self._counter(
+            "ftd_disk_sync_spared_bytes_total",
+            "Bytes of disks that were not copied, since the backup had them, or they were empty.",
+        )
+
         # Pair
         self.pair_state = self._gauge(
             "ftd_pair_state",
@@ -393,6 +426,10 @@ class Metrics:
         for phase in ("detection", "activation", "total"):
             self.takeover.labels(phase=phase).set(math.nan)
         self.sync_seconds.set(math.nan)
+        self.disk_apply_lag.set(math.nan)
+        self.disk_sync_progress.set(math.nan)
+        self._disk_compared = self._disk_sent = 0  # in this copy
+        self._disk_sent_open = 0  # of a step that is not compared to its end
         self.heartbeat_age.set(math.nan)
         self.epoch_stretch.set(1)
         self.epoch_slowdown.set(math.nan)
@@ -412,6 +449,18 @@ class Metrics:
         """Count a gathered frame: its pages (zero pages included) and its bytes on the wire."""
         self.epoch_dirty_pages.observe(pages)
         self.epoch_frame_bytes.observe(size)
+
+    def disk_sync(self, total: int, compared: int, sent: int) -> None:
+        """Note how far a copy of disks is, in bytes; each begins with nothing compared and nothing sent."""
+        if compared < self._disk_compared or sent < self._disk_sent:
+            self._disk_compared = self._disk_sent = self._disk_sent_open = 0
+        self.disk_sync_sent.inc(sent - self._disk_sent)
+        self._disk_sent_open += sent - self._disk_sent
+        if compared > self._disk_compared:
+            self.disk_sync_spared.inc(max(0, compared - self._disk_compared - self._disk_sent_open))
+            self._disk_sent_open = 0
+        self.disk_sync_progress.set(compared / total if total else 1.0)
+        self._disk_compared, self._disk_sent = compared, sent
 
     def add_link_bytes(self, connection: Connection, *, sent: int = 0, received: int = 0) -> None:
         """Count bytes that went over a connection."""

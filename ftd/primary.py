@@ -36,7 +36,8 @@ from ftd.errors import (
 )
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions, Session
-from ftd.machine import MachineDescription, refuse_devices, refuse_disks
+from ftd.machine import MachineDescription, guest_disks, refuse_devices
+from ftd.marker import Marker, Worth, mark
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost
 from ftd.monitor import Event
 from ftd.qemu import QemuProcess, RunFiles, is_running, require_patched
@@ -73,6 +74,10 @@ async def start_guest(config: Config) -> QemuProcess:
     if is_running(config):
         _log.info("the guest of an earlier daemon runs: attaching to it")
         return await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
+    for disk in machine.disk:
+        refusal = Marker(disk.path, config.node.state_folder).refusal_to_start()
+        if refusal is not None:
+            raise HostError(refusal)
     guest = await QemuProcess.start(config)
     try:
         tap.switch(machine.nic, up=True)
@@ -125,6 +130,8 @@ class Primary:
         self._over = False  # the guest has ended: no more backups, and no more moves but to `stopped`
         self._shutdown: str | None = None  # QEMU's reason, once the guest is ending
         self._unsubscribe: list[Callable[[], None]] = []
+        self._markers: list[Marker] = []  # of the guest's disks
+        report.machine.listen(self._on_move)
 
     async def run(self) -> str:
         """Run until the guest ends; return QEMU's reason for a wanted end.
@@ -303,6 +310,17 @@ class Primary:
         await self._let_stopped_guest_go()
         self._alone("the arbiter gave this node the authority to go on alone")
 
+    def _on_move(self, move: Move) -> None:
+        if move.to is PairState.SOLO:
+            self._mark_alone()
+
+    def _mark_alone(self) -> None:
+        """Note that no other copy of the disks can be newer, which costs nobody anything if it fails."""
+        try:
+            mark(self._markers, Worth.ALONE, self._generation, self._config.node.name)
+        except HostError as error:
+            _log.error("a disk is not marked as the newest copy", reason=friendly(error))
+
     # ---- the guest's end ----------------------------------------------------------------------------------
 
     def _on_shutdown(self, event: Event) -> None:
@@ -331,6 +349,7 @@ class Primary:
                 await session.close(reason)
             self._authority.on(Happening.ENDED)
             await self._inquiry.stopped(self._generation)
+            self._mark_alone()
             self._report.machine.move(PairState.STOPPED, reason)
             return reason
         # A guest that cannot be spoken to any more may still run, and must not beside the one that the backup
@@ -371,7 +390,9 @@ class Primary:
             )
         self._description = await MachineDescription.of(monitor)
         refuse_devices(self._description)
-        await refuse_disks(monitor)
+        self._markers = [
+            Marker(disk.path, self._config.node.state_folder) for disk in await guest_disks(monitor)
+        ]
         self._report.qemu = QemuStatus(
             pid=self._guest.pid,
             version=self._description.qemu_version,

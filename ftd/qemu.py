@@ -13,6 +13,7 @@ In the run folder of a node:
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -20,14 +21,15 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import ftd
-from ftd.config import MIB, Config
+from ftd.config import MIB, Config, Disk
+from ftd.disk import check_image
 from ftd.errors import HostError, QemuDied, QemuError, friendly
 from ftd.machine import refuse_arguments
 from ftd.monitor import Monitor
@@ -49,6 +51,8 @@ class Choices:
     firmware: tuple[Path, ...]
     accelerator: str
     cpu: str
+    # Size in bytes of each disk, and whether it is a block device, in the order of the configuration.
+    disks: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,41 @@ def command_line(
         words += ["-netdev", f"tap,id=net{number},ifname={nic.tap},script=no,downscript=no,vhost=off"]
         # Without a boot ROM: it would be one more region of memory that must be equal on both hosts.
         words += ["-device", f"{nic.model},id=nic{number},netdev=net{number},mac={nic.mac.lower()},romfile="]
+    for number, (disk, (size, device)) in enumerate(zip(machine.disk, choices.disks, strict=True)):
+        words += _disk(number, disk, size, device)
     for path in (files.qmp_socket, files.operator_socket):
         words += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
     words += ["-pidfile", files.pid_file]
     if incoming:
         words += ["-incoming", "defer"]
     return [str(word) for word in (*words, *machine.arguments)]
+
+
+def _disk(number: int, disk: Disk, size: int, device: bool) -> Iterator[str]:
+    direct = disk.cache == "none"
+    node = {
+        "driver": "raw",
+        "node-name": f"disk{number}",
+        "cache": {"direct": direct, "no-flush": False},
+        "discard": "unmap" if disk.discard else "ignore",
+        "file": {
+            "driver": "host_device" if device else "file",
+            "filename": str(disk.path),
+            "cache": {"direct": direct, "no-flush": False},
+            "discard": "unmap" if disk.discard else "ignore",
+            # Or a takeover waits for the kernel to write out what the daemon has put there.
+            "drop-cache": False,
+        },
+    }
+    yield from ("-blockdev", json.dumps(node))
+    # The geometry would otherwise be guessed from the disk's first sector, which a shadow's disk may not have
+    # yet.
+    cylinders = min(16383, max(2, size // (512 * 16 * 63)))
+    options = f"{disk.model},id=vd{number},drive=disk{number},cyls={cylinders},heads=16,secs=63"
+    if disk.iothread:
+        yield from ("-object", f"iothread,id=disk{number}-thread")
+        options += f",iothread=disk{number}-thread"
+    yield from ("-device", options)
 
 
 def _escaped(path: Path) -> str:
@@ -165,7 +198,11 @@ async def choose(config: Config) -> Choices:
         if accelerator == "kvm" and await _host_cpu_works(qemu, machine.type, firmware):
             cpu = "host"
     log.info("QEMU %s with accelerator %s (%s) and CPU model %s", qemu, accelerator, reason, cpu)
-    return Choices(qemu, firmware, accelerator, cpu)
+    disks = tuple(
+        (check_image(disk.path, name=f"vd{number}", exclusive=True), disk.path.is_block_device())
+        for number, disk in enumerate(machine.disk)
+    )
+    return Choices(qemu, firmware, accelerator, cpu, disks)
 
 
 async def find_qemu(path: Path | None) -> Path:

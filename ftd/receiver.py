@@ -13,16 +13,26 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from ftd import log
+from ftd import disksync, log
 from ftd.assembly import Frame, FrameAssembler
 from ftd.channel import prefer_this_thread
-from ftd.errors import FrameError, FtdError, friendly
+from ftd.disk import Copies
+from ftd.errors import FrameError, FtdError, HostError, friendly
 from ftd.frame import PAGE_SIZE, Part, PartBuffer, PartBufferPool
+from ftd.journal import Journal, is_chunks, parse_chunks
 from ftd.link import Session
-from ftd.messages import MAX_DIFFERENCES, Ack, Difference, VerifyResult
+from ftd.messages import (
+    MAX_DIFFERENCES,
+    Ack,
+    Difference,
+    DiskDigestsWanted,
+    VerifyResult,
+)
 from ftd.shadow import Shadow
 
 _log = log.get(__name__)
@@ -30,19 +40,43 @@ _log = log.get(__name__)
 
 @dataclass(frozen=True)
 class Committed:
-    """A frame was acknowledged. first: it completed the copy. size: bytes."""
+    """A frame was acknowledged. first: it completed the copy. size: bytes; requests: to its disks."""
 
     epoch: int
     size: int
     first: bool
+    requests: int
+    journal_bytes: int
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Pieces of disks, during a copy."""
+
+    journal: Journal
+    buffer: PartBuffer
+
+    def release(self) -> None:
+        self.buffer.release()
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What the primary wants to know of a disk, once all that came before is applied."""
+
+    wanted: DiskDigestsWanted
+
+    def release(self) -> None:
+        """Nothing was lent."""
 
 
 class Receiver:
     """Receives one session into one shadow. Made in the event loop.
 
     Called in the event loop: `on_committed` for each acknowledged frame, `on_received(bytes)` for each part,
-    `on_verified` for each comparison, `on_failed(reason)` once if what came cannot be used; it is the caller
-    that ends the session then.
+    `on_verified` for each comparison, `on_applied(epoch, seconds)` when a frame was applied so long after its
+    acknowledgement, `on_failed(reason, disk)` once if what came cannot be used; it is the caller that ends
+    the session then. disk: whether it is this host's disk that failed.
     """
 
     def __init__(
@@ -56,7 +90,10 @@ class Receiver:
         on_committed: Callable[[Committed], None],
         on_received: Callable[[int], None],
         on_verified: Callable[[VerifyResult], None],
-        on_failed: Callable[[str], None],
+        on_failed: Callable[[str, bool], None],
+        on_applied: Callable[[int, float], None],
+        copies: Copies,
+        replicate: Literal["committed", "early", "never"] = "committed",
     ) -> None:
         self._session = session
         self._shadow = shadow
@@ -68,7 +105,14 @@ class Receiver:
         self._on_verified = on_verified
         self._on_failed = on_failed
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[Frame | Part | None] = queue.SimpleQueue()
+        self._on_applied = on_applied
+        self._generation = generation
+        self._copies = copies
+        self._sizes = copies.sizes
+        self._replicate = replicate
+        self._late: Frame | None = None  # for tests: a frame whose disks are applied and whose memory is not
+        self._acknowledged: dict[int, float] = {}  # when frames were, monotonic; until they are applied
+        self._queue: queue.SimpleQueue[Frame | Part | _Chunks | _Question | None] = queue.SimpleQueue()
         self._failed = False
         self._threads = [
             threading.Thread(target=self._receive, name="ftd-receiver", daemon=True),
@@ -76,6 +120,10 @@ class Receiver:
         ]
         for thread in self._threads:
             thread.start()
+
+    def ask(self, wanted: DiskDigestsWanted) -> None:
+        """Have the primary's question answered."""
+        self._queue.put(_Question(wanted))
 
     async def drain(self) -> None:
         """Return when all that was acknowledged is applied. The session must have ended."""
@@ -112,12 +160,19 @@ class Receiver:
                 buffer.release()
             raise
         size = len(view)
+        syncing = self._assembler.syncing
+        if is_chunks(view):
+            self._receive_chunks(view, lent[0], syncing)
+            self._call(self._on_received, size)
+            return
         part = Part.from_wire(view, on_release=lent[0].release)
         del view
-        syncing = self._assembler.syncing
         result = self._assembler.feed(part)
         if isinstance(result, Frame):
             self._shadow.check(result)
+            for each in result.parts:
+                each.journal.check(self._sizes)
+            self._acknowledged[result.epoch] = time.monotonic()
             self._session.post(
                 Ack(
                     generation=result.generation,
@@ -128,32 +183,82 @@ class Receiver:
             )
             # In this order: a takeover that begins now waits for the queue, and finds the frame there.
             self._queue.put(result)
-            self._call(self._on_committed, Committed(result.epoch, result.nbytes, syncing))
+            self._call(
+                self._on_committed,
+                Committed(
+                    result.epoch,
+                    result.nbytes,
+                    syncing,
+                    sum(len(each.journal) for each in result.parts),
+                    sum(each.journal.nbytes for each in result.parts),
+                ),
+            )
             if syncing:
                 prefer_this_thread()  # from now on the primary's clients wait for what this thread does
         elif result is not None:
+            result.journal.check(self._sizes)
             self._queue.put(result)
         # Last: it wakes the event loop, which then competes with this thread for the interpreter.
         self._call(self._on_received, size)
+
+    def _receive_chunks(self, view: memoryview, buffer: PartBuffer, syncing: bool) -> None:
+        if not syncing:
+            buffer.release()
+            raise FrameError("pieces of disks came while the shadow is complete: expected frames only")
+        try:
+            journal = parse_chunks(view, self._generation)
+            journal.check(self._sizes)
+        except FrameError:
+            buffer.release()
+            raise
+        self._queue.put(_Chunks(journal, buffer))
 
     # ---- applier thread -----------------------------------------------------------------------------------
 
     def _apply_all(self) -> None:
         while (item := self._queue.get()) is not None:
+            finished: Frame | Part | _Chunks | _Question | None = item
             try:
                 if not self._failed:
-                    self._apply(item)
+                    finished = self._apply(item)
+            except HostError as error:
+                self._shadow.poison(friendly(error))
+                self._fail(friendly(error), disk=True)
             except Exception as error:
                 # The shadow is poisoned, and refuses takeover.
                 self._fail(f"applying failed: {friendly(error)}")
             finally:
-                item.release()
+                if finished is not None:
+                    finished.release()
+        if self._late is not None:
+            self._late.release()
 
-    def _apply(self, item: Frame | Part) -> None:
-        if isinstance(item, Part):
+    def _apply(self, item: Frame | Part | _Chunks | _Question) -> Frame | Part | _Chunks | _Question | None:
+        """Apply what came, and return what is done with."""
+        if isinstance(item, _Question):
+            self._session.post(disksync.answer(item.wanted, self._copies.images))
+        elif isinstance(item, _Chunks):
+            self._copies.apply(item.journal)
+        elif isinstance(item, Part):
             self._shadow.apply_live(item)
-            return
+            self._copies.apply(item.journal)
+        else:
+            if self._replicate != "never":
+                for part in item.parts:
+                    self._copies.apply(part.journal)
+            if self._replicate == "early" and self._shadow.committed_epoch is not None:
+                before, self._late = self._late, item
+                if before is None:
+                    return None
+                item = before
+            self._apply_frame(item)
+        return item
+
+    def _apply_frame(self, item: Frame) -> None:
         self._shadow.apply(item)
+        at = self._acknowledged.pop(item.epoch, None)
+        if at is not None:
+            self._call(self._on_applied, item.epoch, time.monotonic() - at)
         if not item.digests.size:
             return
         differences = self._shadow.verify(item, limit=MAX_DIFFERENCES)
@@ -176,9 +281,9 @@ class Receiver:
 
     # ---- both ---------------------------------------------------------------------------------------------
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, *, disk: bool = False) -> None:
         self._failed = True
-        self._call(self._on_failed, reason)
+        self._call(self._on_failed, reason, disk)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         try:

@@ -17,6 +17,7 @@ from ftd import log
 from ftd.arbiter import Record
 from ftd.authority import Row, Standing
 from ftd.config import Config
+from ftd.disksync import DiskProgress
 from ftd.flight import FlightRecorder
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
 from ftd.pacing import Account, FixedPace
@@ -183,11 +184,13 @@ class Report:
 
     def sync_round(self, progress: float, size: int) -> None:
         """A live round was gathered. progress: 0 to 1; size: bytes of the round."""
-        self._sync = SyncStatus(
-            progress=min(max(progress, self._sync.progress), 1.0),
-            seconds=time.monotonic() - self._sync_began,
-            rounds=self._sync.rounds + 1,
-            bytes_sent=self._sync.bytes_sent + size,
+        self._sync = self._sync.model_copy(
+            update={
+                "progress": min(max(progress, self._sync.progress), 1.0),
+                "seconds": time.monotonic() - self._sync_began,
+                "rounds": self._sync.rounds + 1,
+                "bytes_sent": self._sync.bytes_sent + size,
+            }
         )
         self.metrics.sync_progress.set(self._sync.progress)
 
@@ -285,6 +288,26 @@ class Report:
         self._output = OutputStatus(pushed_back=self._output.pushed_back)
         self.metrics.output_held_packets.set(0)
         self.metrics.output_held.set(0)
+
+    def disk_sync(self, progress: DiskProgress) -> None:
+        """Note how far the copy of the disks is."""
+        self.metrics.disk_sync(progress.total, progress.compared, progress.sent)
+        self._sync = self._sync.model_copy(
+            update={
+                "disk_bytes": progress.total,
+                "disk_bytes_compared": progress.compared,
+                "disk_bytes_sent": progress.sent,
+            }
+        )
+
+    def journal(self, requests: int, size: int) -> None:
+        """Note what the guest did to its disks in an epoch. size: bytes of its journal."""
+        self.metrics.epoch_disk_requests.observe(requests)
+        self.metrics.epoch_journal_bytes.observe(size)
+
+    def disks_applied(self, seconds: float) -> None:
+        """Note how long after its acknowledgement a frame was on the disks."""
+        self.metrics.disk_apply_lag.set(seconds)
 
     def set_in_flight(self, size: int, epochs: int = 0) -> None:
         """Note the bytes under way to the backup, and how many closed epochs they belong to."""

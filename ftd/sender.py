@@ -9,6 +9,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ftd import log
 from ftd.channel import prefer_this_thread
@@ -18,6 +19,11 @@ from ftd.link import Session
 from ftd.staging import Slot, Staging
 
 _log = log.get(__name__)
+
+
+class _Message(NamedTuple):
+    data: bytes
+    sent: asyncio.Future[None]
 
 
 class Sender:
@@ -32,7 +38,7 @@ class Sender:
         self._staging = staging
         self._on_sent = on_sent
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Slot | _Message | None] = queue.SimpleQueue()
         self._ending: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="ftd-sender", daemon=True)
         self._thread.start()
@@ -40,6 +46,12 @@ class Sender:
     def send(self, slot: Slot) -> None:
         """Send what QEMU gathered into the slot, and then give the slot back."""
         self._queue.put(slot)
+
+    async def send_message(self, data: bytes) -> None:
+        """Send other bytes in order with the slots, and return when they are sent, or the session ended."""
+        sent: asyncio.Future[None] = self._loop.create_future()
+        self._queue.put(_Message(data, sent))
+        await sent
 
     async def close(self) -> None:
         """Return when the thread has ended. The session must have ended, or it waits for the network."""
@@ -50,6 +62,14 @@ class Sender:
         broken = preferred = False
         while (slot := self._queue.get()) is not None:
             size = 0
+            if isinstance(slot, _Message):
+                if not broken:
+                    try:
+                        size = self._session.send_part([memoryview(slot.data)])
+                    except FtdError:
+                        broken = True
+                self._loop.call_soon_threadsafe(self._message_done, slot, size)
+                continue
             if not broken:
                 try:
                     header = parse_header(slot.view, limit=1 << 62)
@@ -77,5 +97,11 @@ class Sender:
 
     def _done(self, slot: Slot, size: int) -> None:
         self._staging.release(slot)
+        if size:
+            self._on_sent(size)
+
+    def _message_done(self, message: _Message, size: int) -> None:
+        if not message.sent.done():
+            message.sent.set_result(None)
         if size:
             self._on_sent(size)

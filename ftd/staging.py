@@ -20,9 +20,14 @@ from ftd.frame import BLOCK_SIZE, HEADER_SIZE, MAX_BLOCKS, PAGE_SIZE
 DEVICE_BYTES = 8 << 20
 """Room for the device state. 14 KB is what a small machine has; devices with large buffers have megabytes."""
 
+LARGEST_REQUEST = (1 << 20) + 32
+"""Bytes that the largest request to a disk takes in a journal: FT_JOURNAL_MAX_WRITE in the series."""
 
-def slot_size(data_bytes: int, memory_bytes: int) -> int:
+
+def slot_size(data_bytes: int, memory_bytes: int, journal_bytes: int = 0) -> int:
     """Return the size of a slot file for `data_bytes` of page data of a guest with `memory_bytes` of memory.
+
+    `journal_bytes`: what its disks may write in an epoch; 0 for a guest without disks.
 
     QEMU lays the sections out, and says in FtStatus how many pages a slot holds. This is what they need at
     most:
@@ -34,13 +39,15 @@ def slot_size(data_bytes: int, memory_bytes: int) -> int:
         data       data_bytes, and up to 4095 so that it begins at a page
         device     8 MiB
         digests    8 × pages of the guest: 2 MiB per GiB
+        journal    journal_bytes, and at least one request of 1 MiB with its record
 
     `memory_bytes` counts all blocks at their maximal length, not only the RAM.
     """
     pages = -(-data_bytes // PAGE_SIZE)
     digests = 8 * -(-memory_bytes // PAGE_SIZE)
     tables = BLOCK_SIZE * MAX_BLOCKS + 8 * pages + 8 * pages
-    total = HEADER_SIZE + tables + (pages + 1) * PAGE_SIZE + DEVICE_BYTES + digests
+    journal = max(journal_bytes, LARGEST_REQUEST) + PAGE_SIZE if journal_bytes else 0
+    total = HEADER_SIZE + tables + (pages + 1) * PAGE_SIZE + DEVICE_BYTES + digests + journal
     return -(-total // PAGE_SIZE) * PAGE_SIZE
 
 

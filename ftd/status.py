@@ -91,6 +91,10 @@ class SyncStatus(Model):
     seconds: float | None = None
     rounds: int = 0
     bytes_sent: int = 0
+    disk_bytes: int = 0
+    """Of all disks; 0 for a guest without."""
+    disk_bytes_compared: int = 0
+    disk_bytes_sent: int = 0
 
 
 class PeerStatus(Model):

@@ -53,6 +53,9 @@ class Guest:
     vcpus: int = 1
     memory_mib: int = 256
     options: dict[str, str] = field(default_factory=dict)  # ftd.… of the kernel or opt/ftd/… of the firmware
+    disks: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # [[machine.disk]], with the name of a file as path
 
     def machine(self, host: Host, console: Path, qemu: Path) -> dict[str, Any]:
         """The [machine] table for one host."""
@@ -65,6 +68,8 @@ class Guest:
             "memory_path": str(host.memory_directory),
             "console": str(console),
         }
+        if self.disks:
+            table["disk"] = [{**disk, "path": str(console.parent / disk["path"])} for disk in self.disks]
         if self.kind == "linux":
             words = {"ftd.ip": f"{GUEST_ADDRESS}/24", **{f"ftd.{k}": v for k, v in self.options.items()}}
             table["kernel"] = str(self.folder / "vmlinuz")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ftd.frame import PAGE_SIZE, Block, Kind, Part, encode_slot, encode_wire, entry
+from ftd.journal import Request, encode
 
 GENERATION = 7
 RAM = Block("pc.ram", 24 * PAGE_SIZE, 24 * PAGE_SIZE, shared_file=True)
@@ -32,6 +33,7 @@ class Spec:
     zeros: tuple[tuple[int, int], ...] = ()
     device: bytes = b"device state"
     digests: tuple[int, ...] = ()
+    requests: tuple[Request, ...] = ()
 
     def live(self) -> "Spec":
         return replace(self, kind=Kind.LIVE, complete=False, device=b"")
@@ -61,6 +63,8 @@ class Spec:
             zeros=[entry(*where) for where in self.zeros],
             device=self.device,
             digests=np.array(self.digests, dtype="<u8"),
+            requests=len(self.requests),
+            journal=encode(self.requests),
         )
 
     def wire(self) -> bytes:

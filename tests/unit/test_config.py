@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ftd.config import Config, Nic, check_files, load
+from ftd.config import Config, Disk, Nic, check_files, load
 from ftd.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "configs"
@@ -84,9 +84,12 @@ def test_examples_name_every_key(role, write):
             continue
         assert keys == data[name].keys(), name
     assert Nic.model_fields.keys() == data["machine"]["nic"][0].keys()
+    assert Disk.model_fields.keys() == data["machine"]["disk"][0].keys()
 
 
-@pytest.mark.parametrize("section", [*(field.annotation for field in Config.model_fields.values()), Nic])
+@pytest.mark.parametrize(
+    "section", [*(field.annotation for field in Config.model_fields.values()), Nic, Disk]
+)
 def test_every_key_is_described_with_its_default(section):
     assert section.__doc__
     for name, field in section.model_fields.items():
@@ -109,6 +112,46 @@ def test_network_cards(write):
         )
     )
     assert [nic.tap for nic in config.machine.nic] == ["tap0", "tap1"]
+
+
+def test_disks(write, tmp_path):
+    config = load(
+        write(
+            MINIMAL
+            + '[[machine.disk]]\npath="a.raw"\n[[machine.disk]]\npath="/dev/vg/b"\ncache="writeback"\n'
+        )
+    )
+    assert [disk.path for disk in config.machine.disk] == [tmp_path / "a.raw", Path("/dev/vg/b")]
+    assert [disk.cache for disk in config.machine.disk] == ["none", "writeback"]
+    with pytest.raises(ConfigError, match=r"\[\[machine.disk\]\] number 1, path = \".*a.raw\": no such file"):
+        check_files(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '[[machine.disk]]\npath="a"\n[[machine.disk]]\npath="a"\n',
+            r"number 2, path = \"a\": is that of number 1, too",
+        ),
+        (
+            '[[machine.disk]]\npath="a"\nmodel="ide-hd"\niothread=true\n',
+            "number 1, iothread = true: is for virtio disks",
+        ),
+        (
+            "[[machine.disk]]\ncache='none'\n",
+            r"\[\[machine.disk\]\] number 1, path: is missing; it is: raw image",
+        ),
+        (
+            "[[machine.disk]]\npath='a'\ncache='unsafe'\n",
+            'number 1, cache = "unsafe": is not one of the possible',
+        ),
+        ("[disks]\njournal_mib=0\n", "journal_mib = 0: is out of range; give a whole number from 1 to 256"),
+    ],
+)
+def test_disks_that_cannot_be(write, text, words):
+    with pytest.raises(ConfigError, match=words):
+        load(write(MINIMAL + text))
 
 
 # ---- files that cannot be read ----------------------------------------------------------------------------

@@ -27,15 +27,22 @@ from ftd.frame import (
     split_entries,
     wire_views,
 )
+from ftd.journal import Request, RequestKind, encode
 
-SPEC = Spec(epoch=5, part=2, pages={(0, 1): 11, (1, 3): 12}, zeros=((0, 2), (2, 1)))
+SPEC = Spec(
+    epoch=5,
+    part=2,
+    pages={(0, 1): 11, (1, 3): 12},
+    zeros=((0, 2), (2, 1)),
+    requests=(Request(0, RequestKind.DATA, 512, 10, b"0123456789"), Request(1, RequestKind.UNMAP, 0, 4096)),
+)
 
 
 def hand_made_slot() -> bytearray:
     """A slot written from qemu/README.md by its offsets, not by the encoder under test."""
     slot = bytearray(0x4000)
     slot[0:8] = b"FTDSLOT\0"
-    struct.pack_into("<IIQQIIII", slot, 0x008, 1, 4096, 9, 77, 2, 3, 0, 6)
+    struct.pack_into("<IIQQIIII", slot, 0x008, 2, 4096, 9, 77, 2, 3, 0, 7)
     slot[0x1000:0x1006] = b"pc.ram"
     struct.pack_into("<QQI", slot, 0x1100, 8192, 12288, 1)
     struct.pack_into("<Q", slot, 0x1200, 1)
@@ -44,6 +51,8 @@ def hand_made_slot() -> bytearray:
     slot[0x3000:0x3005] = b"state"
     digests = [xxhash.xxh3_64_intdigest(bytes(4096)), xxhash.xxh3_64_intdigest(b"\xab" * 4096)]
     struct.pack_into("<QQ", slot, 0x3100, *digests)
+    struct.pack_into("<QQIIQ", slot, 0x3200, 1024, 4, 1, 1, 0)
+    slot[0x3220:0x3224] = b"data"
     places = [
         (0x1000, 320, 1),
         (0x1200, 8, 1),
@@ -51,11 +60,12 @@ def hand_made_slot() -> bytearray:
         (0x2000, 4096, 1),
         (0x3000, 5, 1),
         (0x3100, 16, 2),
+        (0x3200, 36, 1),
     ]
     for index, (offset, size, count) in enumerate(places):
         digest = xxhash.xxh3_64_intdigest(slot[offset : offset + size])
         struct.pack_into("<QQQQ", slot, 0x030 + 32 * index, offset, size, count, digest)
-    struct.pack_into("<Q", slot, 0x0F0, 1)
+    struct.pack_into("<Q", slot, 0x110, 1)
     struct.pack_into("<Q", slot, 0xFF8, xxhash.xxh3_64_intdigest(slot[:0xFF8]))
     return slot
 
@@ -75,8 +85,9 @@ def test_a_slot_written_by_hand_from_the_reference_is_understood() -> None:
     assert part.data.tobytes() == b"\xab" * 4096
     assert bytes(part.device) == b"state"
     assert part.digests.tolist()[1] == xxhash.xxh3_64_intdigest(b"\xab" * 4096)
+    assert list(part.journal) == [Request(1, RequestKind.DATA, 1024, 4, b"data")]
     wire = b"".join(wire_views(slot, header))
-    assert len(wire) == header.wire_size == 4096 + 320 + 8 + 8 + 4096 + 5 + 16
+    assert len(wire) == header.wire_size == 4096 + 320 + 8 + 8 + 4096 + 5 + 16 + 36
     again = Part.from_wire(wire)
     again.verify()
     assert again.header.encode() == slot[:4096]
@@ -85,6 +96,16 @@ def test_a_slot_written_by_hand_from_the_reference_is_understood() -> None:
 names = st.text(
     st.characters(min_codepoint=33, max_codepoint=0x2FF, categories=["L", "N", "P"]), min_size=1, max_size=60
 )
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    kind = draw(st.sampled_from(RequestKind))
+    data = draw(st.binary(min_size=1, max_size=600)) if kind is RequestKind.DATA else b""
+    if kind is RequestKind.FLUSH:
+        return Request(draw(st.integers(0, 3)), kind)
+    offset = draw(st.integers(0, 1 << 62))
+    return Request(draw(st.integers(0, 3)), kind, offset, len(data) or draw(st.integers(1, 1 << 40)), data)
 
 
 @st.composite
@@ -116,6 +137,8 @@ def parts(draw: st.DrawFn) -> dict[str, object]:
         "data": data,
         "device": draw(st.binary(max_size=70)) if last else b"",
         "digests": digests,
+        "requests": len(asked := draw(st.lists(requests(), max_size=5))),
+        "journal": encode(asked),
     }
 
 
@@ -132,6 +155,8 @@ def test_what_is_encoded_is_parsed_back_from_slot_and_from_wire(given_part: dict
         for name in ("pages", "zeros", "data", "digests"):
             assert np.array_equal(getattr(part, name), given_part[name]), name
         assert bytes(part.device) == given_part["device"]
+        assert len(part.journal) == given_part["requests"]
+        assert encode(list(part.journal)) == given_part["journal"]
         assert parse_header(header.encode()) == header
 
 
@@ -155,21 +180,22 @@ def section(name: str, what: int) -> int:
     ("change", "words"),
     [
         (put("<8s", 0, b"FTDSLOX\0"), "magic is"),
-        (put("<I", 8, 2), "version is 2: expected 1"),
+        (put("<I", 8, 1), "version is 1: expected 2"),
         (put("<I", 12, 512), "header size is 512: expected 4096"),
         (put("<Q", 0x18, 0), "epoch is 0"),
         (put("<I", 0x20, 0), "kind is 0"),
         (put("<I", 0x20, 3), "kind is 3"),
         (put("<I", 0x24, 7), "flags is 0x7"),
-        (put("<I", 0x2C, 5), "number of sections is 5: expected 6"),
-        (put("<B", 0xF8, 1), "reserved part of the header is not zero"),
+        (put("<I", 0x2C, 5), "number of sections is 5: expected 7"),
+        (put("<B", 0x118, 1), "reserved part of the header is not zero"),
         (put("<B", 0xFF7, 1), "reserved part of the header is not zero"),
         (put("<Q", section("blocks", 1), 321), "size of blocks is 321: expected 3 items of 320 bytes"),
         (put("<Q", section("pages", 2), 3), "size of pages is 16: expected 3 items of 8 bytes"),
         (put("<Q", section("device", 2), 2), "count of device is 2"),
+        (put("<Q", section("journal", 2), 3), "size of journal is 74: expected 3 requests of 32 bytes"),
         (put("<Q", section("pages", 0), 4096), "offset of pages is 4096: expected at least"),
         (put("<Q", section("data", 0), (1 << 63) + 8), "offset of data is 9223372036854775816"),
-        (put("<Q", 0xF0, 1), "count of pages is 2: expected at most the slot's capacity, 1"),
+        (put("<Q", 0x110, 1), "count of pages is 2: expected at most the slot's capacity, 1"),
         (put("<I", 0x20, 1), "flag complete is set in a live part"),
         (put("<I", 0x24, 0), "size of device is 12: expected 0"),
     ],
@@ -201,7 +227,8 @@ def test_sizes_beyond_the_limit_are_refused_before_anything_is_allocated() -> No
         struct.pack_into("<Q", header, section("zeros", 0), 1 << 50)
         struct.pack_into("<Q", header, section("data", 0), 1 << 51)
         struct.pack_into("<Q", header, section("device", 0), 1 << 60)
-        struct.pack_into("<Q", header, 0xF0, 1 << 40)
+        struct.pack_into("<Q", header, section("journal", 0), 1 << 61)
+        struct.pack_into("<Q", header, 0x110, 1 << 40)
 
     with pytest.raises(FrameError, match=r"size of the part is \d{16}: expected at most 1073741824 bytes"):
         parse_header(resealed(huge))

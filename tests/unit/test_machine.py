@@ -3,7 +3,7 @@
 import pytest
 
 from ftd.errors import ConfigError, QemuError
-from ftd.machine import MachineDescription, refuse_arguments, refuse_devices
+from ftd.machine import MachineDescription, guest_disks, refuse_arguments, refuse_devices
 
 MIB = 1024 * 1024
 
@@ -63,7 +63,12 @@ def test_description_survives_the_wire(machine):
         (
             {"devices": {"built in, hpet": "1 of it"}},
             "device id nic0: virtio-net-pci, mac 52:54:00:00:00:01 here, absent on the peer; "
-            "give both the same [[machine.nic]] and arguments, in the same order",
+            "give both the same [[machine.nic]], [[machine.disk]] and arguments, in the same order",
+        ),
+        (
+            {"disks": {"vd0": 4096}},
+            "disk vd0: absent here, 4096 bytes on the peer; "
+            "make both images the same size (truncate -s, lvresize)",
         ),
     ],
 )
@@ -119,11 +124,17 @@ def test_accepted(arguments):
         (["-device", '{"driver": "vfio-pci", "host": "01:00.0"}'], "state outside of QEMU"),
         (["-device", "usb-host,hostbus=1"], "state outside of QEMU"),
         (["-device", "ivshmem-plain,memdev=m"], "shares memory that others write to"),
-        (["-virtfs", "local,path=/srv"], "changes files of this host only; use a disk"),
+        (["-virtfs", "local,path=/srv"], "changes files of this host only; use .*machine.disk"),
         (["-snapshot"], "-snapshot: keeps writes in a file that the backup lacks"),
-        (["-drive", "file=a.img,if=virtio"], "disks are not replicated yet"),
+        (
+            ["-drive", "file=a.img,if=virtio"],
+            r"given like this is not replicated, .*; use \[\[machine.disk\]\], or write readonly=on",
+        ),
         (["-blockdev", '{"driver": "file", "filename": "a.img"}'], "write readonly=on"),
-        (["-hda", "a.img"], "disks are not replicated yet"),
+        (
+            ["-hda", "a.img"],
+            r"given like this is not replicated, .*; use \[\[machine.disk\]\], or write readonly=on",
+        ),
         (["-drive", "file=a.img,snapshot=on,readonly=on"], "write snapshot=off"),
         (["-incoming", "tcp:0:4444"], "loads a state"),
         (["-S"], "-S: leaves the guest stopped; ftd starts it"),
@@ -150,3 +161,49 @@ def test_running_machine_with_a_device_that_cannot_be_protected(machine):
     bad = machine.model_copy(update={"devices": {"id gpu": "vfio-pci"}})
     with pytest.raises(QemuError, match=r"device vfio-pci \(id gpu\): has state outside of QEMU"):
         refuse_devices(bad)
+
+
+class Drives:
+    """Answers query-block with one drive."""
+
+    def __init__(self, **medium):
+        self.medium = {
+            "ro": False,
+            "drv": "raw",
+            "node-name": "disk0",
+            "file": "/dev/null",
+            "image": {"virtual-size": 4096},
+            **medium,
+        }
+
+    async def execute(self, command):
+        assert command == "query-block"
+        place = "/machine/peripheral/vd0/virtio-backend"
+        return [
+            {"device": "", "qdev": "/machine/peripheral/cd"},
+            {"device": "", "qdev": "/machine/peripheral/ro", "inserted": {**self.medium, "ro": True}},
+            {"device": "unused", "inserted": self.medium},
+            {"device": "", "qdev": place, "inserted": self.medium},
+        ]
+
+
+async def test_the_disks_of_a_machine_are_those_that_the_guest_can_write_to(tmp_path):
+    path = tmp_path / "a.raw"
+    path.write_bytes(bytes(4096))
+    assert await guest_disks(Drives(file=str(path))) == [("vd0", "disk0", path, 4096)]
+
+
+@pytest.mark.parametrize(
+    ("medium", "told"),
+    [
+        (
+            {"drv": "qcow2", "file": "/a.qcow2"},
+            r"disk vd0 \(/a.qcow2\): is of format qcow2, .*qemu-img convert -O raw",
+        ),
+        ({"file": "nbd://host/x"}, r"disk vd0 \(nbd://host/x\): is not a file or block device of this host"),
+        ({"file": "/nowhere/a.raw"}, "is not a file or block device of this host"),
+    ],
+)
+async def test_a_disk_that_cannot_be_replicated_is_refused(medium, told):
+    with pytest.raises(QemuError, match=told):
+        await guest_disks(Drives(**medium))

@@ -22,10 +22,16 @@ ftd_arbiter_questions_total counter answer=granted|denied|silent|doubt
 ftd_authority_standing gauge standing=empty|guarding|claiming|doubting|alone|paired|asking|unsure|deposed|ended
 ftd_build_info gauge version,python
 ftd_commit_latency_seconds histogram
+ftd_disk_apply_lag_seconds gauge
+ftd_disk_sync_progress_ratio gauge
+ftd_disk_sync_sent_bytes_total counter
+ftd_disk_sync_spared_bytes_total counter
 ftd_epoch_added_latency_seconds gauge
 ftd_epoch_committed gauge
 ftd_epoch_dirty_pages histogram
+ftd_epoch_disk_requests histogram
 ftd_epoch_frame_bytes histogram
+ftd_epoch_journal_bytes histogram
 ftd_epoch_length_configured_seconds gauge
 ftd_epoch_length_seconds gauge
 ftd_epoch_length_target_seconds gauge

@@ -1,6 +1,7 @@
 """QEMU's command line, and what this host is asked before it is made."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ftd.config import Config
 from ftd.errors import HostError
 from ftd.qemu import Choices, choose_accelerator, command_line, create_memory_file
 
+MIB = 1024**2
 GIB = 1024**3
 
 
@@ -28,7 +30,8 @@ def config(**machine) -> Config:
 def words(
     *, incoming: bool = False, accelerator: str = "tcg", run_dir: str = "/run/ftd/web", **machine
 ) -> list[str]:
-    choices = Choices(Path("/opt/qemu"), (Path("/usr/share/seabios"),), accelerator, "qemu64")
+    disks = ((20 * GIB, False), (MIB, True))[: len(machine.get("disk", ()))]
+    choices = Choices(Path("/opt/qemu"), (Path("/usr/share/seabios"),), accelerator, "qemu64", disks)
     memory_file = Path("/dev/shm/ftd-web-0.ram")
     return command_line(
         config(**machine), choices, incoming=incoming, run_dir=Path(run_dir), memory_file=memory_file
@@ -40,6 +43,38 @@ def values(line: list[str], option: str) -> list[str]:
 
 
 # ---- the line ---------------------------------------------------------------------------------------------
+
+
+def test_disks():
+    line = words(
+        disk=[
+            {"path": "/srv/a,b.raw"},
+            {"path": "/dev/vg/b", "cache": "writeback", "discard": False, "iothread": True},
+        ]
+    )
+    first, second = map(json.loads, values(line, "-blockdev"))
+    assert first == {
+        "driver": "raw",
+        "node-name": "disk0",
+        "cache": {"direct": True, "no-flush": False},
+        "discard": "unmap",
+        "file": {
+            "driver": "file",
+            "filename": "/srv/a,b.raw",
+            "cache": {"direct": True, "no-flush": False},
+            "discard": "unmap",
+            "drop-cache": False,
+        },
+    }
+    assert (second["node-name"], second["file"]["driver"]) == ("disk1", "host_device")
+    assert (second["discard"], second["file"]["discard"]) == ("ignore", "ignore")
+    assert not second["cache"]["direct"]
+    # The geometry is the same on both hosts, whatever is on the disks.
+    assert values(line, "-device") == [
+        "virtio-blk-pci,id=vd0,drive=disk0,cyls=16383,heads=16,secs=63",
+        "virtio-blk-pci,id=vd1,drive=disk1,cyls=2,heads=16,secs=63,iothread=disk1-thread",
+    ]
+    assert "iothread,id=disk1-thread" in values(line, "-object")
 
 
 def test_whole_line():

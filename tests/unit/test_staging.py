@@ -27,6 +27,9 @@ def test_the_size_holds_data_tables_device_state_and_digests() -> None:
     least = 4096 + 320 * 256 + 2 * 8 * 16384 + (64 << 20) + DEVICE_BYTES + 8 * 262144
     assert least <= size <= least + 3 * 4096
     assert slot_size(4096, 4096) > DEVICE_BYTES
+    # The journal, and always the largest request.
+    assert slot_size(64 << 20, 1 << 30, 8 << 20) - size >= 8 << 20
+    assert slot_size(64 << 20, 1 << 30, 65536) - size >= (1 << 20) + 32
 
 
 def test_a_slot_cannot_be_resized_or_sealed_but_written_by_who_has_the_descriptor() -> None:

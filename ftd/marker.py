@@ -1,0 +1,126 @@
+"""The marker of a disk: what its image is worth, in a file beside it, which survives a power loss.
+
+    alone       the guest's disk, and no copy can be newer                     a guest may be started from it
+    replicated  the guest's disk, with a backup that may have taken over       not, after a crash: it may be
+                                                                               ahead of what the backup goes
+                                                                               on with, and behind it
+    syncing     the target of a copy that is not complete                      never
+    copy        the disk of a committed epoch on a backup                      only by taking over
+
+A disk that is not to be started from comes back as the target of a new copy: as the backup of the host that
+runs the guest. Without a marker an image is what its operator says it is.
+
+The marker of the image DISK is DISK.ftd; that of a block device is in `[node] state_dir`, since /dev does not
+survive. It is written before what it warns of can happen, and taken back after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ftd.errors import HostError, friendly
+
+
+class Worth(StrEnum):
+    """What an image is worth; the table is above."""
+
+    ALONE = "alone"
+    REPLICATED = "replicated"
+    SYNCING = "syncing"
+    COPY = "copy"
+
+
+class Note(BaseModel):
+    """What a marker says: the image's worth, in which generation, and which node wrote it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    worth: Worth
+    generation: int = Field(ge=0)
+    node: str = ""
+
+
+class Marker:
+    """The marker of one image. Raises HostError, one line, for what cannot be read or written."""
+
+    def __init__(self, image: Path, state_folder: Path) -> None:
+        self.image = image
+        try:
+            block = stat.S_ISBLK(image.stat().st_mode)
+        except OSError:
+            block = False
+        if block:
+            self.path = state_folder / f"disk-{str(image.absolute()).strip('/').replace('/', '-')}.ftd"
+        else:
+            self.path = image.with_name(image.name + ".ftd")
+
+    def read(self) -> Note | None:
+        """Return what was last written, or None."""
+        try:
+            return Note.model_validate_json(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise HostError(friendly(error)) from None
+        except ValidationError:
+            raise HostError(
+                f"{self.path}: is not the marker of a disk; if you know that {self.image} is the newest copy "
+                "of the disk, remove it"
+            ) from None
+
+    def write(self, note: Note) -> None:
+        """Replace the marker, and return when it would survive a power loss."""
+        new = self.path.with_name(self.path.name + ".new")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with new.open("wb") as file:
+                file.write(note.model_dump_json().encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise HostError(friendly(error)) from None
+
+    def refusal_to_start(self) -> str | None:
+        """Return why no guest may be started from the image, or None if one may."""
+        note = self.read()
+        if note is None or note.worth is Worth.ALONE:
+            return None
+        why = {
+            Worth.REPLICATED: "it had a backup, which may have taken over",
+            Worth.SYNCING: "it is the target of a copy that is not complete",
+            Worth.COPY: "it is a backup's copy, which is started by taking over",
+        }[note.worth]
+        return (
+            f"disk {self.image}: {why} (generation {note.generation}); start this node as the backup of the "
+            f"one that runs the guest, or, if none does and this is the newest copy, remove {self.path}"
+        )
+
+    def refusal_to_overwrite(self, generation: int) -> str | None:
+        """Return why the image may not become a copy of one of that generation, or None if it may."""
+        note = self.read()
+        if note is None or note.worth is not Worth.ALONE or note.generation <= generation:
+            return None
+        return (
+            f"disk {self.image}: is newer (generation {note.generation}) than the peer's (generation "
+            f"{generation}), and would be overwritten; if that is meant, remove {self.path}"
+        )
+
+
+def mark(markers: list[Marker], worth: Worth, generation: int, node: str) -> None:
+    """Write the same to all markers. Raises HostError."""
+    for marker in markers:
+        marker.write(Note(worth=worth, generation=generation, node=node))
