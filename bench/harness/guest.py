@@ -111,6 +111,10 @@ def _text(file: Path) -> str:
     return file.read_text(errors="replace") if file.exists() else ""
 
 
+class SlotTooSmallError(HostError):
+    """The pages of a checkpoint did not fit into one slot. The guest is still paused."""
+
+
 class Checkpoints:
     """Checkpointing of one guest into slots whose contents nobody reads. Made by `checkpoints`."""
 
@@ -128,7 +132,9 @@ class Checkpoints:
         """The FtPart of a checkpoint, which has to fit into one slot."""
         part = await self._gather("x-ft-checkpoint", arguments)
         if not part["complete"]:
-            raise HostError(f"a checkpoint of {part['pages'] + part['remaining']} pages: slots are too small")
+            raise SlotTooSmallError(
+                f"a checkpoint of {part['pages'] + part['remaining']} pages: slots are too small"
+            )
         return part
 
     async def _gather(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -138,23 +144,32 @@ class Checkpoints:
         return part
 
 
-async def make_staging(monitor: Monitor, pages: int, slots: int = 2) -> Staging:
-    """Slots that hold so many pages each."""
+async def make_staging(monitor: Monitor, pages: int, slots: int = 2, *, whole_memory: bool = True) -> Staging:
+    """Slots that hold so many pages each.
+
+    Where KVM emulates the guest's code, a ring may overflow, and then all memory counts as dirty: slots hold
+    that, too, but for `whole_memory` = False. Then such a checkpoint raises SlotTooSmallError.
+    """
     status = await monitor.execute("query-x-ft")
     memory = sum(block["max-length"] for block in status["blocks"])
-    # Where KVM emulates the guest's code, a ring may overflow, and then all memory counts as dirty.
-    return Staging(slots, slot_size(max(pages * PAGE_SIZE, memory), memory))
+    data = pages * PAGE_SIZE
+    return Staging(slots, slot_size(max(data, memory) if whole_memory else data, memory))
 
 
-@contextlib.asynccontextmanager
-async def checkpoints(monitor: Monitor, staging: Staging, **begin: Any) -> AsyncIterator[Checkpoints]:
-    """Checkpointing, synchronised; `begin` are arguments of x-ft-begin."""
+async def begin_checkpoints(monitor: Monitor, staging: Staging, **begin: Any) -> Checkpoints:
+    """Like `checkpoints`; x-ft-end is left to the caller."""
     for slot in staging.slots:
         await monitor.send_descriptor(slot.name, slot.fd)
     names = [slot.name for slot in staging.slots]
     await monitor.execute("x-ft-begin", generation=1, slots=names, **begin)
     run = Checkpoints(monitor, len(names))
     await run.sync()
-    yield run
+    return run
+
+
+@contextlib.asynccontextmanager
+async def checkpoints(monitor: Monitor, staging: Staging, **begin: Any) -> AsyncIterator[Checkpoints]:
+    """Checkpointing, synchronised; `begin` are arguments of x-ft-begin."""
+    yield await begin_checkpoints(monitor, staging, **begin)
     # After a failure QEMU is thrown away, and its answers mean nothing any more.
     await monitor.execute("x-ft-end")
