@@ -42,6 +42,11 @@ MOST_PAGES = 32_768
 # What a guest manages whose instructions KVM emulates; it writes to each page twice in an epoch.
 EMULATED_PAGES_PER_SECOND = 200_000
 UNPROTECTED = "unprotected"
+EMULATED = (
+    "KVM emulates the guest's code on this machine: the guest is slower than on hardware, and a ring gets an "
+    "entry for every store, not for every page. What the trackers cost the guest between checkpoints (faults "
+    "on protected pages, exits to the hypervisor) is not seen here."
+)
 
 
 @dataclass(frozen=True)
@@ -233,6 +238,11 @@ def epoch_for(pages: int, epoch: float) -> float:
 def rounds_for(epoch: float) -> int:
     """Rounds per second of a guest that halts: two in an epoch, wherever it begins, hold a whole one."""
     return min(1000, math.ceil(2 / epoch))
+
+
+def caveat() -> str | None:
+    """What has to be known of this machine before its figures are read."""
+    return None if machine.hardware_virtualisation() else EMULATED
 
 
 def require_kvm(program: str) -> None:

@@ -65,6 +65,7 @@ def test_trackers(bench, folder):
     assert process.returncode == 0, errors
     result = json.loads(output)
     assert {"processor", "cpus", "kernel", "load_1min"} <= result["machine"].keys()
+    assert ("emulates" in (result["caveat"] or "")) != result["machine"]["hardware_virtualisation"]
     rows = result["rows"]
     assert [(row["pages"], row["tracker"]) for row in rows] == [(p, n) for p in (64, 512) for n in names]
     for row in rows:
