@@ -59,7 +59,7 @@ def test_trackers(bench, folder):
     names = ["bitmap", "ring", "bitmap-parallel"]
     process = bench(
         "trackers", "--json", "--csv", folder / "rows.csv", "--trackers", ",".join(names),
-        "--ram-gib", "1", "--pages", "64,512", "--vcpus", "2", "--epochs-ms", "20", "--seconds", "0.6",
+        "--ram-gib", "1", "--pages", "64,512", "--vcpus", "2", "--epochs-ms", "20", "--seconds", "0.4",
     )  # fmt: skip
     output, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
@@ -95,7 +95,7 @@ def test_trackers(bench, folder):
 @pytest.mark.kvm
 def test_scale(bench):
     process = bench(
-        "scale", "--json", "--no-commit", "--ram-gib", "2,1", "--pages", "256", "--seconds", "0.6",
+        "scale", "--json", "--no-commit", "--ram-gib", "2,1", "--pages", "256", "--seconds", "0.4",
         "--trackers", "ring,bitmap",
     )  # fmt: skip
     output, errors = process.communicate(timeout=90)
