@@ -49,7 +49,8 @@ async def test_pages_sent_early_belong_to_their_frame(start_pair: StartPair) -> 
 
 async def test_early_pages_that_are_dirty_again_are_noticed(start_pair: StartPair) -> None:
     """A guest that writes to the same pages all the time: after the trials no page is sent early any more."""
-    settings = {"epoch": {"speculative": "auto"}}
+    # After the round there is time for the guest to come around, on a busy host as well.
+    settings = {"epoch": {"speculative": "auto", "length_ms": 80}}
     pair: Pair = await start_pair(await bare_guest(pages=512, rounds_per_second=200), settings)
     status = await pair.primary.wait_status(
         "a trial and a break", lambda status: status["epoch"]["committed"] >= 60, 60
