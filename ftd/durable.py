@@ -1,11 +1,8 @@
 """What a node has to know after a crash or a reboot: the generation, and which part it last played.
 
-    node.json in the state folder    Memory: the newest generation this node has seen, and its part in it
-    IMAGE.ftd beside a disk image    Marker: what that image is worth
-
-Each is one small JSON file, replaced atomically and forced to the disk, so that it is always one whole state
-or the one before. An arbiter whose record is older than `Memory.generation` is refused; who starts the guest,
-and so whose images are the newest, is decided by authority.at_start from the two.
+`node.json` in the state folder is one small JSON file, replaced atomically and forced to the disk, so that it
+is always one whole state or the one before. An arbiter whose record is older than `Memory.generation` is
+refused; who starts the guest is decided by authority.at_start. What a disk is worth is in ftd/marker.py.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,41 +28,6 @@ class Memory(BaseModel):
     generation: int = Field(default=0, ge=0)
     role: Role | None = None
     arbiter: str = "none"
-
-
-class Marker(BaseModel):
-    """What a disk image beside which this is written is worth.
-
-    generation: in which it was last written to. state: `current` (a guest runs, or ran last, from it),
-    `committed` (equal to the disk at the end of a committed `epoch`), `syncing` (a copy of it is under way,
-    and it is worth nothing).
-    """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    generation: int = Field(ge=0)
-    state: Literal["current", "committed", "syncing"]
-    epoch: int = Field(default=0, ge=0)
-
-
-def read_marker(image: Path) -> Marker | None:
-    """Return an image's marker, or None if it has none. Raises HostError if it cannot be read."""
-    path = image.with_name(image.name + ".ftd")
-    try:
-        return Marker.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise HostError(friendly(error)) from None
-    except ValidationError:
-        raise HostError(
-            f"{path}: is no marker of an image; remove it if the image is to be copied anew"
-        ) from None
-
-
-def write_marker(image: Path, marker: Marker) -> None:
-    """Replace an image's marker, and return when it would survive a power loss. Raises HostError."""
-    _replace(image.with_name(image.name + ".ftd"), marker)
 
 
 class Durable:
@@ -90,10 +51,11 @@ class Durable:
 
     def write(self, memory: Memory) -> None:
         """Replace what was written before, and return when it would survive a power loss."""
-        _replace(self.path, memory)
+        replace(self.path, memory)
 
 
-def _replace(path: Path, model: BaseModel) -> None:
+def replace(path: Path, model: BaseModel) -> None:
+    """Replace a file by a model as JSON, and return when it would survive a power loss. Raises HostError."""
     new = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

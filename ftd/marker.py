@@ -16,14 +16,13 @@ survive. It is written before what it warns of can happen, and taken back after 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import stat
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ftd.durable import replace
 from ftd.errors import HostError, friendly
 
 
@@ -76,23 +75,7 @@ class Marker:
 
     def write(self, note: Note) -> None:
         """Replace the marker, and return when it would survive a power loss."""
-        new = self.path.with_name(self.path.name + ".new")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("wb") as file:
-                file.write(note.model_dump_json().encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                new.unlink()
-            raise HostError(friendly(error)) from None
+        replace(self.path, note)
 
     def refusal_to_start(self) -> str | None:
         """Return why no guest may be started from the image, or None if one may."""

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ftd.durable import Durable, Marker, Memory, read_marker, write_marker
+from ftd.durable import Durable, Memory
 from ftd.errors import HostError
 
 
@@ -37,15 +37,3 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path, text):
     (tmp_path / "node.json").write_text(text)
     with pytest.raises(HostError, match=r"node\.json: is not a node's memory; .*remove it"):
         Durable(tmp_path).read()
-
-
-def test_marker_of_an_image_is_written_whole_and_read_back(tmp_path):
-    image = tmp_path / "disk.raw"
-    assert read_marker(image) is None
-    marker = Marker(generation=7, state="committed", epoch=42)
-    write_marker(image, marker)
-    assert read_marker(image) == marker
-    assert [path.name for path in tmp_path.iterdir()] == ["disk.raw.ftd"]
-    (tmp_path / "disk.raw.ftd").write_text("{")
-    with pytest.raises(HostError, match=r"disk\.raw\.ftd: is no marker of an image; remove it"):
-        read_marker(image)
