@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -121,3 +122,33 @@ def run_qemu(qemu_binary, folder):
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+@pytest.fixture
+def bench(qemu_binary, folder):
+    """Starts a program of bench/ with all of its files in `folder`, which is looked through afterwards."""
+    started: list[subprocess.Popen] = []
+
+    def start(name: str, *arguments: str | Path) -> subprocess.Popen:
+        words = [
+            sys.executable,
+            REPOSITORY / "bench" / name,
+            "--qemu",
+            qemu_binary,
+            "--memory-path",
+            folder / "memory",
+        ]
+        process = subprocess.Popen(
+            [*words, *arguments],
+            env=os.environ | {"TMPDIR": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

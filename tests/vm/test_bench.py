@@ -1,44 +1,18 @@
 """bench/pause runs, says what it promises, and leaves nothing behind. No figure is compared with a clock."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-PAUSE = Path(__file__).parents[2] / "bench" / "pause"
 PARTS = ("stop", "drain", "harvest", "copy", "device", "digest", "resume")
 
 
-@pytest.fixture
-def pause(qemu_binary, folder):
-    """Starts bench/pause with all of its files in `folder`, which is looked through afterwards."""
-    started: list[subprocess.Popen] = []
-
-    def start(*arguments: str) -> subprocess.Popen:
-        words = [sys.executable, PAUSE, "--qemu", qemu_binary, "--memory-path", folder / "memory", *arguments]
-        process = subprocess.Popen(
-            words,
-            env=os.environ | {"TMPDIR": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_rows(pause):
-    process = pause("--quick", "--json", "--accel", "tcg", "--pages", "64,512", "--copy-threads", "1,2")
+def test_rows(bench):
+    process = bench(
+        "pause", "--quick", "--json", "--accel", "tcg", "--pages", "64,512", "--copy-threads", "1,2"
+    )
     output, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
     result = json.loads(output)
@@ -68,8 +42,8 @@ def test_rows(pause):
     assert rows[2]["memcpy_s"] > rows[0]["memcpy_s"]
 
 
-def test_interrupted(pause, folder):
-    process = pause("--json", "--accel", "tcg", "--pages", "64")
+def test_interrupted(bench, folder):
+    process = bench("pause", "--json", "--accel", "tcg", "--pages", "64")
     deadline = time.monotonic() + 60
     while not list(folder.glob("ftd-bench-*/qemu.pid")):
         assert process.poll() is None
@@ -83,8 +57,8 @@ def test_interrupted(pause, folder):
 
 
 @pytest.mark.parametrize("words", [("--pages", "0"), ("--pages", "64,x"), ("--copy-threads", "17")])
-def test_refused(pause, words):
-    process = pause(*words)
+def test_refused(bench, words):
+    process = bench("pause", *words)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 2
     assert f"argument {words[0]}: invalid list of numbers" in errors

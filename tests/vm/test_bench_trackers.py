@@ -2,40 +2,12 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
 PARTS = ("stop", "registers", "drain", "harvest", "reset", "copy", "device", "resume")
-
-
-@pytest.fixture
-def bench(qemu_binary, folder):
-    """Starts a program of bench/ with all of its files in `folder`, which is looked through afterwards."""
-    started: list[subprocess.Popen] = []
-
-    def start(name: str, *arguments: str | Path) -> subprocess.Popen:
-        words = [sys.executable, BENCH / name, "--qemu", qemu_binary, "--memory-path", folder / "memory"]
-        process = subprocess.Popen(
-            [*words, *arguments],
-            env=os.environ | {"TMPDIR": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def assert_pauses(row: dict) -> None:
