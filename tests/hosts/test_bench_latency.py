@@ -58,8 +58,9 @@ def _networks(folder: Path) -> list[str]:
     return [path.name for path in NAMESPACES.iterdir() if "-".join(path.name.split("-")[:2]) in prefixes]
 
 
+@pytest.mark.alone
 def test_rows(latency: Start) -> None:
-    process = latency("--json", "--epochs-ms", "50,20", "--turns", "1", "--seconds", "1")
+    process = latency("--json", "--epochs-ms", "50,20", "--turns", "1", "--seconds", "0.5")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     result = json.loads(output)
@@ -88,8 +89,9 @@ def test_rows(latency: Start) -> None:
     assert "throughput_aim_met" not in rows[1]
 
 
+@pytest.mark.alone
 def test_quick(latency: Start) -> None:
-    process = latency("--quick")
+    process = latency("--quick", "--epochs-ms", "20", "--seconds", "0.5")
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     assert "epochs of 20 ms: added latency" in output

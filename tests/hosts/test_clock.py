@@ -32,7 +32,7 @@ from testbed.hosts import GUEST_ADDRESS, Host
 from testbed.namespaces import call_in_namespace
 from testbed.pair import Pair
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.alone]
 StartPair = Callable[..., Any]
 
 # The issue's own claim, for epochs of 20 ms.

@@ -192,6 +192,7 @@ def start_victim(keep: bool) -> tuple[subprocess.Popen[str], str]:
     return victim, victim.stdout.readline().strip()
 
 
+@pytest.mark.alone  # others remove what they find, too
 def test_next_run_removes_what_a_killed_one_left() -> None:
     victim, prefix = start_victim(keep=False)
     remove_stale()

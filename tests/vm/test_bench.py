@@ -9,6 +9,7 @@ import pytest
 PARTS = ("stop", "drain", "harvest", "copy", "device", "digest", "resume")
 
 
+@pytest.mark.alone
 def test_rows(bench):
     process = bench(
         "pause", "--quick", "--json", "--accel", "tcg", "--pages", "64,512", "--copy-threads", "1,2"

@@ -26,6 +26,7 @@ def assert_pauses(row: dict) -> None:
         assert row["pause_p50_s"] >= 0.8 * (parts["harvest"] + parts["copy"] + parts["device"])
 
 
+@pytest.mark.alone
 @pytest.mark.kvm
 def test_trackers(bench, folder):
     names = ["bitmap", "ring", "bitmap-parallel"]
@@ -64,6 +65,7 @@ def test_trackers(bench, folder):
     assert [float(row["pause_p50_s"]) for row in written] == [row["pause_p50_s"] for row in rows]
 
 
+@pytest.mark.alone
 @pytest.mark.kvm
 def test_scale(bench):
     process = bench(
