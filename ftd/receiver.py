@@ -181,18 +181,17 @@ class Receiver:
                     bytes=result.nbytes,
                 )
             )
-            # In this order: a takeover that begins now waits for the queue, and finds the frame there.
-            self._queue.put(result)
-            self._call(
-                self._on_committed,
-                Committed(
-                    result.epoch,
-                    result.nbytes,
-                    syncing,
-                    sum(len(each.journal) for each in result.parts),
-                    sum(each.journal.nbytes for each in result.parts),
-                ),
+            committed = Committed(
+                result.epoch,
+                result.nbytes,
+                syncing,
+                sum(len(each.journal) for each in result.parts),
+                sum(each.journal.nbytes for each in result.parts),
             )
+            # In this order: a takeover that begins now waits for the queue, and finds the frame there. From
+            # then on the frame is the applier's, which may be done with it before the next line.
+            self._queue.put(result)
+            self._call(self._on_committed, committed)
             if syncing:
                 prefer_this_thread()  # from now on the primary's clients wait for what this thread does
         elif result is not None:
