@@ -423,7 +423,15 @@ class Protection:
         self._report.epoch_length(time.monotonic() - began)
         epoch = self._epoch
         resumed, pause = await self._checkpoint()
-        self._pace.closed(epoch, run=max(0.0, resumed - began - pause), pause=pause, early=early, now=resumed)
+        self._pace.closed(
+            epoch,
+            run=max(0.0, resumed - began - pause),
+            pause=pause,
+            early=early,
+            stretched=self._stretched,
+            size=self._last_size,
+            now=resumed,
+        )
         return resumed
 
     async def _run_until(self, deadline: float) -> None:

@@ -11,8 +11,14 @@ notice and the slowdown up to its bound was granted. If that epoch is too long f
 *the latency wins*: a shorter epoch lowers the latency and costs a slowdown that `shortest` bounds,
 while the epoch that holds the slowdown of a guest that dirties memory faster and faster has no bound at all.
 
-A limit: that holds as long as the link is not what epochs wait for. What a guest dirties in every epoch is
-sent in every epoch, and on a link that is nearly full more of them make a longer queue. This is not noticed.
+That a shorter epoch lowers the latency is not true of a link that is nearly full: what a guest dirties in
+every epoch is sent in every epoch, so shorter ones load the link more, and frames wait behind frames. So a
+third rule comes before both bounds: no epoch is shorter than the link can take. `_Link` tells how loaded it
+is. Above `FULL` the least length grows, but not while what is under way gets less, for then it is long
+enough already and an old queue drains. Below `FREE` it shrinks, by as much as would load the link `HALF`,
+so that it does not come back to where it was too short: the load never grows faster than epochs get
+shorter. Between the two nothing happens. If even the longest epochs fill the link, it cannot take what the
+guest writes, at any length; they stay the longest, which send the least.
 
 It decides seldom: after a window of epochs that all had the same length, so that it never takes the effect of
 an earlier decision for news. With a pause of p + a·T and a commit of c + m·T after an epoch of T seconds, the
@@ -29,12 +35,15 @@ window out of its account, and by a limit to each step.
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["configured", "slowdown", "latency", "shortest", "longest", "pressure"]
-REASONS: tuple[Reason, ...] = ("configured", "slowdown", "latency", "shortest", "longest", "pressure")
-"""What the length of the epochs follows from. pressure: QEMU ends them before it has passed."""
+Reason = Literal["configured", "slowdown", "latency", "shortest", "longest", "pressure", "link"]
+REASONS: tuple[Reason, ...] = ("configured", "slowdown", "latency", "shortest", "longest", "pressure", "link")
+"""What the length of the epochs follows from. pressure: QEMU ends them before it has passed; link: shorter
+ones would fill it."""
 
 # A window is this many epochs. Long epochs are not waited for so long: fewer make a window, after a time.
 WINDOW = 8
@@ -46,6 +55,13 @@ WINDOW_SECONDS = 0.25
 AIM = 0.85
 BAND = 0.08
 LARGEST_STEP = 2.0
+
+# Loads of the link: above the first it is taken for full, below the second for free.
+FULL = 0.85
+FREE = 0.40
+HALF = 0.60
+# So much less under way at the end of a window than at its beginning is a queue that drains.
+DRAINING = 0.97
 
 # Which of a window's latencies counts: that which seven epochs of eight keep.
 LATENCY_RANK = 0.85
@@ -69,8 +85,77 @@ class _Epoch:
     run: float
     pause: float
     early: bool
+    stretched: bool
+    size: int
     closed_at: float
     commit: float | None = None
+
+
+class _Link:
+    """What is known of the link from the frames that went over it.
+
+    Two things tell that it is full. Frames come in later than the quickest ever did, by more than an epoch:
+    they wait for each other. (What the quickest took is the way itself, there and back, which loads
+    nothing.) Or epochs are stretched for want of room. Only then are acknowledgements as far apart as the
+    link takes for a frame, and say what it carries; later a frame that comes in sooner than that says that
+    it carries more.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: dict[int, tuple[int, float]] = {}  # bytes, closed at
+        self._under_way_before = 0  # bytes, when the window began
+        self._quickest = math.inf  # commit of all, in seconds
+        self._acks: list[tuple[float, int]] = []  # of this window, and the last one before it: when, bytes
+        self._carries: float | None = None  # bytes a second; None: it was never full
+
+    def closed(self, epoch: int, size: int, now: float) -> None:
+        self._under_way[epoch] = (size, now)
+
+    def committed(self, epoch: int, latency: float) -> None:
+        size, closed_at = self._under_way.pop(epoch, (0, 0.0))
+        self._quickest = min(self._quickest, latency)
+        self._acks.append((closed_at + latency, size))
+        if self._carries is not None and latency > 0:
+            self._carries = max(self._carries, size / latency)
+
+    def begin_window(self) -> None:
+        self._under_way_before = self._bytes()
+        del self._acks[:-1]
+
+    def _bytes(self) -> int:
+        return sum(size for size, _ in self._under_way.values())
+
+    @property
+    def drains(self) -> bool:
+        """Whether less is under way than when the window began."""
+        return self._bytes() < DRAINING * self._under_way_before
+
+    def load(self, epochs: list[_Epoch], now: float) -> float:
+        """Return how loaded it is by a window of epochs: 1 is as much as it can carry."""
+        waits = self._waits(epochs, now)
+        if waits > FULL or 2 * sum(one.stretched for one in epochs) > len(epochs):
+            if len(self._acks) > 2 and (span := self._acks[-1][0] - self._acks[0][0]) > 0:
+                self._carries = sum(size for _, size in self._acks[1:]) / span
+            return max(waits, 1.0)
+        if self._carries is None:
+            return waits
+        seconds = sum(one.run + one.pause for one in epochs)
+        return max(waits, sum(one.size for one in epochs) / (self._carries * seconds))
+
+    def _waits(self, epochs: list[_Epoch], now: float) -> float:
+        """Return how much later than the quickest frames come in, in epochs: the median."""
+        if not math.isfinite(self._quickest):
+            return 0.0  # nothing was ever committed, and that is not the first thing to say of such a link
+        late = [
+            (one.commit - self._quickest) / (one.run + one.pause) for one in epochs if one.commit is not None
+        ]
+        waiting = [one for one in epochs if one.commit is None]
+        if waiting:
+            oldest = waiting[0]  # it will take at least as long as it has taken
+            so_far = (now - oldest.closed_at - self._quickest) / (oldest.run + oldest.pause)
+            if not late or so_far > max(late):
+                late.append(so_far)
+        return statistics.median(late)
 
 
 @dataclass(frozen=True)
@@ -89,6 +174,7 @@ class FixedPace:
         self._window: dict[int, _Epoch] = {}
         self._window_began: float | None = None
         self._first: int | None = None  # epochs before it were begun under another length
+        self._link = _Link()
         self._account: Account | None = None
 
     @property
@@ -106,17 +192,21 @@ class FixedPace:
         """What the last whole window of epochs cost; None before the first."""
         return self._account
 
-    def closed(self, epoch: int, *, run: float, pause: float, early: bool, now: float) -> None:
+    def closed(
+        self, epoch: int, *, run: float, pause: float, early: bool, stretched: bool, size: int, now: float
+    ) -> None:
         """Note that an epoch was closed. Ends a window, and may change the length.
 
         run: how long the guest ran in it; pause: the pause of its checkpoint; early: whether QEMU asked for
-        it before its time; now: any clock that does not run backwards, the same in `committed`. Seconds.
+        it before its time; stretched: whether it had to wait for earlier frames; size: bytes of its frame;
+        now: any clock that does not run backwards. Seconds.
         """
         if self._window_began is None:
             self._window_began = now - run - pause
         if self._first is None:
             self._first = epoch
-        self._window[epoch] = _Epoch(run, pause, early, now)
+        self._window[epoch] = _Epoch(run, pause, early, stretched, size, now)
+        self._link.closed(epoch, size, now)
         if not self._window_is_whole(now):
             return
         epochs = list(self._window.values())
@@ -125,9 +215,11 @@ class FixedPace:
         self._window = {}
         self._window_began = now
         self._first = epoch + 1
+        self._link.begin_window()
 
     def committed(self, epoch: int, latency: float) -> None:
         """Note that an epoch was committed, so many seconds after its checkpoint."""
+        self._link.committed(epoch, latency)
         if (known := self._window.get(epoch)) is not None:
             known.commit = latency
 
@@ -151,6 +243,7 @@ class AutoPace(FixedPace):
         super().__init__(min(max(length, limits.shortest), limits.longest))
         self._limits = limits
         self._reason: Reason = "configured"
+        self._least = limits.shortest  # what the link can take
 
     @property
     def reason(self) -> Reason:
@@ -176,10 +269,28 @@ class AutoPace(FixedPace):
             wanted, reason = limits.longest, "longest"
         # If the latency asked for less, it is not held, and neither is the slowdown.
         wanted = max(wanted, limits.shortest)
+        self._learn_the_least(epochs, ran, now)
+        if wanted < self._least:
+            wanted, reason = self._least, "link"
         self._reason = reason
         step = min(max(wanted / self._length, 1 / LARGEST_STEP), LARGEST_STEP)
         if abs(step - 1) > BAND:
             self._length = min(max(self._length * step, limits.shortest), limits.longest)
+
+    def _learn_the_least(self, epochs: list[_Epoch], ran: float, now: float) -> None:
+        """Follow what the link can take."""
+        limits = self._limits
+        load = self._link.load(epochs, now)
+        if load > FULL:
+            # Or longer in name only.
+            if self._link.drains or 2 * sum(one.early for one in epochs) > len(epochs):
+                return
+            # A stretched epoch is longer than was asked for, and still not long enough.
+            step = min(max(load / HALF, 1 + 2 * BAND), LARGEST_STEP)
+            self._least = min(max(self._least, self._length, ran) * step, limits.longest)
+        elif load < FREE:
+            step = max(load / HALF, 1 / LARGEST_STEP)
+            self._least = max(self._least * step, limits.shortest)
 
     def _for_slowdown(self, epochs: list[_Epoch]) -> float:
         """Return the epoch in which such pauses are as much as they may be."""

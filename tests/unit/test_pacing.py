@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -46,7 +47,8 @@ class Model:
     def one_epoch(self, pace: FixedPace) -> tuple[float, float, float]:
         """Run one epoch, and tell the pace of it; returns its run, its pause and what its latency will be."""
         began = self.now
-        run, early = pace.length, False
+        run = length = pace.length
+        early = False
         if self.dirty(run) > self.slot_pages:
             run, early = -math.log1p(-self.slot_pages / self.pages) * self.pages / self.rate, True
         self._commit_until(began + run, pace)
@@ -61,7 +63,10 @@ class Model:
         acknowledged = self.link_free_at + self.noisy(self.round_trip)
         self.epoch += 1
         self.under_way.append((self.epoch, acknowledged, self.now, size))
-        pace.closed(self.epoch, run=run, pause=pause, early=early, now=self.now)
+        stretched = run > length and not early
+        pace.closed(
+            self.epoch, run=run, pause=pause, early=early, stretched=stretched, size=int(size), now=self.now
+        )
         return run, pause, acknowledged - began
 
     def _commit_until(self, until: float, pace: FixedPace) -> None:
@@ -193,11 +198,65 @@ def test_commits_that_do_not_come_count_with_the_time_that_they_have_taken() -> 
     now = 0.0
     for epoch in range(1, 200):
         now += pace.length + 0.008
-        pace.closed(epoch, run=pace.length, pause=0.008, early=False, now=now)
+        pace.closed(epoch, run=pace.length, pause=0.008, early=False, stretched=False, size=1 << 20, now=now)
     assert pace.length == pytest.approx(LIMITS.shortest, rel=BAND)
     assert pace.account is not None
     assert pace.account.added_latency is not None
     assert pace.account.added_latency > LIMITS.latency
+
+
+def hot(pages: float, bandwidth: float, **more: Any) -> Model:
+    """A guest that dirties the same pages in any epoch, however short."""
+    return Model(rate=1e9, pages=pages, bandwidth=bandwidth, **more)
+
+
+@pytest.mark.parametrize("pages", [300, 500, 800])
+@pytest.mark.parametrize("start", [0.010, 0.100])
+def test_a_link_that_short_epochs_would_fill_gets_longer_ones(pages: float, start: float) -> None:
+    """A frame takes 25, 41 and 66 ms; epochs of 10 ms would be a queue that grows until nothing fits in."""
+    pace = AutoPace(start, LIMITS)
+    model = hot(pages, 50e6)
+    model.run(pace, 400)
+    rows = model.run(pace, 200)
+    takes = pages * PAGE / 50e6
+    assert {row[0] for row in rows} == {pace.length}
+    assert pace.reason == "link"
+    assert takes < pace.length < 3 * takes
+    # Nothing queues: the way of a frame is what it takes the link, and its epoch is all that comes on top.
+    assert rows[-1][3] == pytest.approx(rows[-1][1] + takes, abs=0.005)
+    fixed = FixedPace(LIMITS.shortest)
+    assert rows[-1][3] < 0.1 * hot(pages, 50e6).run(fixed, 600)[-1][3]
+
+
+def test_a_link_that_becomes_slow_and_fast_again_is_followed_both_ways() -> None:
+    pace = AutoPace(0.010, LIMITS)
+    model = hot(500, 2e9)
+    model.run(pace, 200)
+    assert pace.length == pytest.approx(LIMITS.shortest, rel=BAND)
+    model.bandwidth, changed = 50e6, model.now
+    model.run(pace, 150)
+    assert 0.041 < pace.length < 0.125
+    assert model.now - changed < 15
+    model.bandwidth, changed = 2e9, model.now
+    while pace.length > LIMITS.shortest * (1 + BAND):
+        model.one_epoch(pace)
+        assert model.now - changed < 15
+
+
+def test_a_link_that_no_epoch_leaves_room_on_gets_the_longest() -> None:
+    """They send no more than others, and cost fewer pauses. What is under way is bounded elsewhere."""
+    pace = AutoPace(0.010, LIMITS)
+    model = Model(rate=40_000, pages=10_000_000, bandwidth=80e6)
+    model.run(pace, 400)
+    assert {row[0] for row in model.run(pace, 100)} == {LIMITS.longest}
+    assert pace.reason == "link"
+
+
+def test_a_long_way_is_no_full_link() -> None:
+    """Many frames are under way at once, and none waits for another."""
+    pace = AutoPace(0.100, replace(LIMITS, latency=1.0))
+    Model(rate=10, round_trip=0.200).run(pace, 400)
+    assert pace.length == pytest.approx(LIMITS.shortest, rel=BAND)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -259,11 +318,27 @@ def test_noise_moves_it_within_a_band(
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.floats(100, 2000), st.floats(30e6, 500e6), st.floats(0, 0.15), st.integers(0, 2**32), limits, starts
+)
+def test_no_queue_stays_where_an_epoch_is_long_enough_for_its_frame(
+    pages: float, bandwidth: float, noise: float, seed: int, bounds: Limits, start: float
+) -> None:
+    takes = (pages * PAGE + 20_000) / bandwidth
+    assume(bounds.latency > bounds.shortest)
+    assume(takes < bounds.longest / 2)
+    pace = AutoPace(start, bounds)
+    model = hot(pages, bandwidth, noise=noise, chance=random.Random(seed))
+    model.run(pace, 800)
+    for _, run, pause, latency in model.run(pace, 200):
+        assert latency <= run + pause + 2 * takes + 0.002
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(models, limits, starts)
 def test_on_a_link_that_is_full_it_swings_no_further_than_two_steps(
     model: Model, bounds: Limits, start: float
 ) -> None:
-    """Its queue grows and is emptied with the length: that is the limit which ftd.pacing names."""
     assume(bounds.latency > bounds.shortest)
     model.pages, model.rate = 10_000_000, max(model.rate, 50_000)
     model.bandwidth = 0.7 * model.rate * PAGE
