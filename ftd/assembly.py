@@ -26,6 +26,27 @@ MEMORY_LIMIT = 1 << 40
 """Bytes of guest memory that are accepted when the caller names no limit."""
 
 
+# Of the receive buffers, so much may be taken by a frame that is not whole: the rest is for what comes next.
+SHARE_OF_BUFFERS = 3, 4
+# Receive buffers beyond what the primary may have in flight: parts that are being applied, the first copy.
+SPARE_BUFFERS = 512 << 20
+
+
+def receive_limits(memory: int, in_flight: int) -> tuple[int, int]:
+    """Return how many bytes of receive buffers there may be, and how many are kept for the next frame.
+
+    memory: bytes of all blocks of the guest; in_flight: bytes that the primary may have under way.
+
+    A frame is applied wholly or not at all, so it must fit whatever the guest did: it may have written to all
+    of its memory in one epoch, and a ring that overflowed says so as well. If such a frame were refused, the
+    copy that follows would end with one like it, and so on for ever. Beside the pages there are their
+    names and digests (16 bytes for each), what was sent of them early, device state and requests to disks.
+    """
+    usual = in_flight + SPARE_BUFFERS
+    part, whole = SHARE_OF_BUFFERS
+    return usual + (memory + memory // 64) * whole // part, usual
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A whole, verified frame: what one checkpoint produced.

@@ -31,6 +31,7 @@ from typing import Any
 import ftd
 from ftd import log, tap
 from ftd.arbiter import Record
+from ftd.assembly import receive_limits
 from ftd.authority import Authority, Event, Standing, may_begin_session
 from ftd.config import Config
 from ftd.disk import Copies, Image
@@ -74,9 +75,6 @@ from ftd.takeover import start_shadow
 from ftd.wire import LinkLost, LostKind
 
 _log = log.get(__name__)
-
-# Receive buffers beyond what the primary may have in flight: parts that are being applied, the first copy.
-SPARE_BUFFERS = 512 << 20
 
 # Between two questions to an arbiter that does not answer.
 ASK_AGAIN_SECONDS = 0.5
@@ -343,7 +341,7 @@ class Backup:
         receiver = Receiver(
             session,
             shadow,
-            PartBufferPool((self._config.epoch.in_flight_mib << 20) + SPARE_BUFFERS),
+            PartBufferPool(*receive_limits(memory_limit, self._config.epoch.in_flight_mib << 20)),
             generation=generation,
             memory_limit=memory_limit,
             on_committed=on_committed,

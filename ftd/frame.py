@@ -606,14 +606,16 @@ class PartBufferPool:
     """Receive buffers, reused: touching 64 MiB of fresh memory costs more than receiving into it.
 
     `limit` bounds the bytes of all buffers together, lent or idle. When it is reached, `acquire` waits for a
-    buffer to come back, so a backup that applies too slowly slows the sender down through TCP. Usable from
-    any thread.
+    buffer to come back, so a backup that applies too slowly slows the sender down through TCP. `keep` bounds
+    the bytes of those that lie idle (default: the limit), so that a frame larger than all others does not
+    hold its memory for ever. Usable from any thread.
     """
 
     _STEP = 1 << 20
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, keep: int | None = None) -> None:
         self.limit = limit
+        self.keep = limit if keep is None else keep
         self._changed = threading.Condition()
         self._idle: list[ByteArray] = []  # guarded by _changed
         self._lent = 0  # bytes; guarded by _changed
@@ -658,5 +660,6 @@ class PartBufferPool:
     def _take_back(self, memory: ByteArray) -> None:
         with self._changed:
             self._lent -= memory.size
-            self._idle.append(memory)
+            if sum(idle.size for idle in self._idle) + memory.size <= self.keep:
+                self._idle.append(memory)
             self._changed.notify_all()

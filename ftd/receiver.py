@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ftd import disksync, log
-from ftd.assembly import Frame, FrameAssembler
+from ftd.assembly import SHARE_OF_BUFFERS, Frame, FrameAssembler
 from ftd.channel import prefer_this_thread
 from ftd.disk import Copies
 from ftd.errors import FrameError, FtdError, HostError, friendly
@@ -99,7 +99,10 @@ class Receiver:
         self._shadow = shadow
         self._pool = pool
         # Parts of an incomplete frame come out of the pool as well: leave room for the next one.
-        self._assembler = FrameAssembler(generation, limit=pool.limit * 3 // 4, memory_limit=memory_limit)
+        part, whole = SHARE_OF_BUFFERS
+        self._assembler = FrameAssembler(
+            generation, limit=pool.limit * part // whole, memory_limit=memory_limit
+        )
         self._on_committed = on_committed
         self._on_received = on_received
         self._on_verified = on_verified

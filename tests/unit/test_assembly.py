@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from unit.frame_builder import BLOCKS, GENERATION, RAM, ROM, VGA, Spec, random_stream
 
-from ftd.assembly import Frame, FrameAssembler
+from ftd.assembly import SHARE_OF_BUFFERS, Frame, FrameAssembler, receive_limits
 from ftd.errors import FrameError
 from ftd.frame import PAGE_SIZE, Part, entry
 
@@ -174,6 +174,22 @@ def test_the_memory_of_a_guest_is_bounded() -> None:
     made = FrameAssembler(GENERATION, limit=LIMIT, memory_limit=31 * PAGE_SIZE)
     with pytest.raises(FrameError, match="memory is 131072 bytes: expected at most 126976"):
         made.feed(Spec().whole().received())
+
+
+@pytest.mark.parametrize("memory_mib", [1, 64, 1024, 1 << 18])
+@pytest.mark.parametrize("in_flight_mib", [4, 256])
+def test_a_frame_of_all_of_memory_fits_into_the_receive_buffers(memory_mib: int, in_flight_mib: int) -> None:
+    """With digests, device state, a slot that was sent early, and room for the next part.
+
+    What such a frame took is not kept for the next one.
+    """
+    most, kept = receive_limits(memory_mib << 20, in_flight_mib << 20)
+    slot, journal = 4 << 20, 256 << 20
+    whole = (memory_mib << 20) + (memory_mib << 8) * 16 + (8 << 20) + slot + journal
+    part, of = SHARE_OF_BUFFERS
+    assert whole <= most * part // of
+    assert kept == (in_flight_mib + 512) << 20
+    assert slot <= most - most * part // of
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -386,6 +386,14 @@ def test_idle_buffers_make_room_for_a_larger_one() -> None:
     large.release()
 
 
+def test_memory_beyond_what_is_kept_is_given_back() -> None:
+    pool = PartBufferPool(8 << 20, keep=2 << 20)
+    for buffer in [pool.acquire(1 << 20) for _ in range(8)]:
+        buffer.release()
+    assert pool.lent == 0
+    assert sum(memory.size for memory in pool._idle) == 2 << 20
+
+
 def test_a_full_pool_waits_for_a_buffer_and_says_so_when_none_comes() -> None:
     pool = PartBufferPool(2 << 20)
     held = pool.acquire(2 << 20)
