@@ -121,16 +121,22 @@ class Checkpoints:
     def __init__(self, monitor: Monitor, slots: int) -> None:
         self._monitor = monitor
         self._slots = slots
-        self._epoch = 0
+        self._gathered = 0
+        self._epoch = 1
 
     async def sync(self) -> None:
         """Gathers all of memory, as before the first checkpoint."""
         while not (await self._gather("x-ft-collect", {}))["complete"]:
             pass
 
+    async def collect(self) -> dict[str, Any]:
+        """The FtPart of a live round in the running epoch; what does not fit into one slot stays dirty."""
+        return await self._gather("x-ft-collect", {})
+
     async def checkpoint(self, **arguments: Any) -> dict[str, Any]:
         """The FtPart of a checkpoint, which has to fit into one slot."""
         part = await self._gather("x-ft-checkpoint", arguments)
+        self._epoch += 1
         if not part["complete"]:
             raise SlotTooSmallError(
                 f"a checkpoint of {part['pages'] + part['remaining']} pages: slots are too small"
@@ -138,10 +144,11 @@ class Checkpoints:
         return part
 
     async def _gather(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        self._epoch += 1
-        slot = self._epoch % self._slots
+        """`slot`, the number of the slot that was filled, is added to what QEMU tells."""
+        slot = self._gathered % self._slots
+        self._gathered += 1
         part: dict[str, Any] = await self._monitor.execute(command, slot=slot, epoch=self._epoch, **arguments)
-        return part
+        return {**part, "slot": slot}
 
 
 async def make_staging(monitor: Monitor, pages: int, slots: int = 2, *, whole_memory: bool = True) -> Staging:
