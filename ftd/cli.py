@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import http.client
 import ipaddress
 import json
@@ -69,6 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.config}: good ({config.node.role} {config.node.name})")
         return 0
     log.set_up(debug=arguments.debug)
+    gc.disable()  # a tenth of the start would be looking through what modules make, which stays
     return asyncio.run(_run_node(config))
 
 
@@ -79,6 +81,9 @@ async def _run_node(config: Config) -> int:
     """
     from ftd import node
 
+    # Nor later: an acknowledgement that comes meanwhile would wait for it.
+    gc.freeze()
+    gc.enable()
     task = asyncio.create_task(node.run(config))
     loop = asyncio.get_running_loop()
     asked: list[signal.Signals] = []
