@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testbed.guest import Console, build
+from testbed.guest import FAST_BOOT, Console, build
 from testbed.namespaces import call_in_namespace, http_session
 
 from ftd.errors import QemuError
@@ -198,7 +198,8 @@ async def machine(qemu_binary: Path, folder: Path, namespace: str) -> AsyncItera
     words += ["-m", f"{MEMORY_MIB}", "-smp", f"{QUEUES}", "-serial", f"file:{console.path}"]
     words += ["-kernel", f"{guest / 'vmlinuz'}", "-initrd", f"{guest / 'initramfs.cpio'}"]
     # No IPv6: its chatter would be counted with the answers that are held.
-    words += ["-append", f"console=ttyS0 quiet panic=1 ftd.ip={GUEST}/24 ftd.gw=10.0.2.2 ipv6.disable=1"]
+    network = f"ftd.ip={GUEST}/24 ftd.gw=10.0.2.2 ipv6.disable=1"
+    words += ["-append", f"console=ttyS0 quiet panic=1 {FAST_BOOT} {network}"]
     for number, (name, backend) in enumerate(backends.items()):
         kind, _, rest = backend.partition(",")
         words += ["-netdev", f"{kind},id={name},{rest}"]
