@@ -112,8 +112,10 @@ class _Link:
         self._under_way[epoch] = (size, now)
 
     def committed(self, epoch: int, latency: float) -> None:
-        size, closed_at = self._under_way.pop(epoch, (0, 0.0))
         self._quickest = min(self._quickest, latency)
+        if epoch not in self._under_way:
+            return  # the frame that ended the copy: no epoch was closed for it
+        size, closed_at = self._under_way.pop(epoch)
         self._acks.append((closed_at + latency, size))
         if self._carries is not None and latency > 0:
             self._carries = max(self._carries, size / latency)

@@ -252,6 +252,16 @@ def test_a_link_that_no_epoch_leaves_room_on_gets_the_longest() -> None:
     assert pace.reason == "link"
 
 
+def test_the_commit_of_a_frame_of_no_epoch_says_nothing_of_what_the_link_carries() -> None:
+    """That which ended the copy comes first. The link is full from then on."""
+    pace = AutoPace(0.010, LIMITS)
+    pace.committed(0, 3.0)
+    model = hot(500, 50e6, now=1000.0)
+    while pace._link._carries is None:
+        model.one_epoch(pace)
+    assert pace._link._carries == pytest.approx(50e6, rel=0.05)
+
+
 def test_a_long_way_is_no_full_link() -> None:
     """Many frames are under way at once, and none waits for another."""
     pace = AutoPace(0.100, replace(LIMITS, latency=1.0))
