@@ -142,7 +142,8 @@ class _Link:
         if self._carries is None:
             return waits
         seconds = sum(one.run + one.pause for one in epochs)
-        return max(waits, sum(one.size for one in epochs) / (self._carries * seconds))
+        # It may carry more than that, so this alone does not say that it is full: nothing waits for it.
+        return min(FULL, max(waits, sum(one.size for one in epochs) / (self._carries * seconds)))
 
     def _waits(self, epochs: list[_Epoch], now: float) -> float:
         """Return how much later than the quickest frames come in, in epochs: the median."""
