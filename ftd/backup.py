@@ -71,7 +71,7 @@ from ftd.report import Report
 from ftd.shadow import Shadow
 from ftd.state import PairState
 from ftd.status import Difference, QemuStatus, VerifyReport
-from ftd.takeover import start_shadow
+from ftd.takeover import LoadImage, start_shadow
 from ftd.wire import LinkLost, LostKind
 
 _log = log.get(__name__)
@@ -600,7 +600,6 @@ class Backup:
         generation: int,
         gone: asyncio.Future[int | None],
     ) -> TakenOver | GuestEnded | str | None:
-        report = self._report
         _log.warning(
             "the primary is lost",
             trigger=loss.trigger,
@@ -609,6 +608,23 @@ class Backup:
         )
         if self._authority.standing is not Standing.EMPTY:
             self._authority.on(Event.LOST)
+        image = LoadImage(shadow)  # while the arbiter is asked
+        try:
+            return await self._start_if_granted(loss, qemu, shadow, image, copies, generation, gone)
+        finally:
+            await image.close()
+
+    async def _start_if_granted(
+        self,
+        loss: _Loss,
+        qemu: QemuProcess,
+        shadow: Shadow,
+        image: LoadImage,
+        copies: Copies,
+        generation: int,
+        gone: asyncio.Future[int | None],
+    ) -> TakenOver | GuestEnded | str | None:
+        report = self._report
         refusal = shadow.takeover_refusal()
         if refusal is None:
             outcome = await self._claim(generation, loss, gone)
@@ -634,7 +650,8 @@ class Backup:
         assert epoch is not None
         copies.close()  # QEMU wants the locks
         try:
-            running = await start_shadow(qemu.monitor, shadow, self._config.machine.nic, resume=loss.resume)
+            nics = self._config.machine.nic
+            running = await start_shadow(qemu.monitor, shadow, image, nics, resume=loss.resume)
         except TakeoverRefused as error:
             copies.open()
             report.metrics.takeovers_refused.inc()

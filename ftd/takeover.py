@@ -7,13 +7,14 @@ What is left is the device state and the little memory that is in no shared file
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Sequence
 
 from ftd import log, tap
 from ftd.config import Nic
-from ftd.errors import HostError, TakeoverRefused, friendly
+from ftd.errors import FtdError, HostError, TakeoverRefused, friendly
 from ftd.monitor import Monitor
 from ftd.shadow import Shadow
 
@@ -24,13 +25,30 @@ _log = log.get(__name__)
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 10, "step": 50}
 
 
+class LoadImage:
+    """The image for `x-ft-load`, made in a thread while the arbiter is asked. Closed by whoever made it."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        self._making = asyncio.ensure_future(asyncio.to_thread(shadow.load_image))
+        self._making.add_done_callback(lambda made: made.cancelled() or made.exception())
+
+    async def descriptor(self) -> int:
+        """Return it when it is ready. Raises TakeoverRefused and HostError, as Shadow.load_image does."""
+        return await asyncio.shield(self._making)
+
+    async def close(self) -> None:
+        """Give it back; waits for the thread."""
+        with contextlib.suppress(FtdError):
+            os.close(await asyncio.shield(self._making))
+
+
 async def start_shadow(
-    monitor: Monitor, shadow: Shadow, nics: Sequence[Nic], *, resume: bool = False
+    monitor: Monitor, shadow: Shadow, image: LoadImage, nics: Sequence[Nic], *, resume: bool = False
 ) -> float:
     """Load the committed epoch's state into the waiting QEMU and start it.
 
-    resume: let it run though the state says that it was stopped, which it was for this takeover only. Returns
-    when its vCPUs ran (monotonic seconds).
+    image: of the shadow as it is now. resume: let it run though the state says that it was stopped, which it
+    was for this takeover only. Returns when its vCPUs ran (monotonic seconds).
 
     All acknowledged frames must have been applied. Raises TakeoverRefused when the shadow may not be started,
     before anything is touched, and QemuError when QEMU did not take it; it must not be used then.
@@ -41,12 +59,9 @@ async def start_shadow(
     began = time.monotonic()
     # Beside the loading: it waits for a lock that everybody on this host takes who changes a network.
     connected = asyncio.ensure_future(_connect(nics))
-    fd = await asyncio.to_thread(shadow.load_image)
+    fd = await image.descriptor()
     imaged = time.monotonic()
-    try:
-        await monitor.send_descriptor("ftd-load", fd)
-    finally:
-        os.close(fd)
+    await monitor.send_descriptor("ftd-load", fd)
     loaded = await monitor.execute("x-ft-load", fd="ftd-load")
     filled = time.monotonic()
     if resume or loaded["run-state"] == "running":
