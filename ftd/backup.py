@@ -9,6 +9,7 @@ In between, sessions come and go. A session that ends before its first commit, o
 shadow worthless, and the backup waits for the next one. What ends a session, and what follows:
 
     reset, silence     the primary's daemon, or its host, is gone              ask the arbiter, take over
+    cut                only the link is lost: the primary is heard elsewhere   let it ask first, then ask
     QemuLost           the primary's QEMU is gone, its daemon says so          ask the arbiter, take over
     Yield              a switchover                                            ask the arbiter, take over
     goodbye            a planned stop                                          wait
@@ -17,6 +18,10 @@ shadow worthless, and the backup waits for the next one. What ends a session, an
 
 Every takeover asks the arbiter first (rule S3). Without an answer the backup is `held`: it starts nothing,
 and asks again. Meanwhile it takes the primary back, unless a question of its own may still be granted.
+
+A primary that lives behind a link that is cut asks for solo, and is to get it: its guest runs. So the backup
+waits before it asks. It does ask, since a primary that does not reach the arbiter serves nobody. Without an
+arbiter it asks nobody and takes nothing: the primary goes on alone.
 """
 
 from __future__ import annotations
@@ -79,6 +84,9 @@ _log = log.get(__name__)
 # Between two questions to an arbiter that does not answer.
 ASK_AGAIN_SECONDS = 0.5
 
+# For a primary that lives behind a link that is cut to have asked the arbiter before this side does.
+FIRST_SAY_SECONDS = 2.0
+
 # How often what was written to the disks is made durable.
 DISK_SYNC_SECONDS = 2.0
 
@@ -130,6 +138,7 @@ class Backup:
         self._on_generation: Callable[[int], None] = lambda generation: None
         self._description: MachineDescription | None = None
         self._arrived: asyncio.Queue[Session] = asyncio.Queue()
+        self._arrival = asyncio.Event()  # something was put there
         self._guarding = False
         self._markers: list[Marker] = []  # of the disks
         self._disk_failure = ""
@@ -168,7 +177,7 @@ class Backup:
             heartbeat_port=link.heartbeat_port,
             peer_name=None if link.insecure else link.expected_peer_name,
             admit=self._admit,
-            on_session=self._arrived.put_nowait,
+            on_session=self._on_session,
             on_rejected=self._on_rejected,
             on_lateness=self._report.metrics.loop_lag.set,
         )
@@ -246,6 +255,10 @@ class Backup:
             description=own.model_dump(mode="json"),
         )
 
+    def _on_session(self, session: Session) -> None:
+        self._arrived.put_nowait(session)
+        self._arrival.set()
+
     def _on_rejected(self, reason: Rejection) -> None:
         self._report.metrics.link_rejected.labels(reason=reason).inc()
 
@@ -307,14 +320,13 @@ class Backup:
         disk_failed = False
         copied = asyncio.Event()  # once a frame is committed
         report.set_generation(generation)
-        report.peer_name, report.peer_connected = session.peer_node, True
-        report.heartbeat_age = lambda: session.heartbeat_age
+        report.session_began(session)
         report.begin_sync()
         report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
         shadow.begin_sync(generation)
         report.flight.note("session", peer=session.peer_node, generation=generation)
         if not await self._mark(Worth.SYNCING, generation):
-            report.peer_connected = False
+            report.session_ended()
             await session.close("the disks here cannot be marked as incomplete")
             report.machine.move(PairState.WAITING, "the disks here cannot be marked as incomplete")
             return None
@@ -434,8 +446,7 @@ class Backup:
             messages.cancel()
             lost.cancel()
             keeper.cancel()
-            report.peer_connected = False
-            report.heartbeat_age = lambda: None
+            report.session_ended()
             if session.lost is None:
                 session.abort("this side is done with the session")
             await receiver.drain()
@@ -509,6 +520,8 @@ class Backup:
             # The kernel of a host that lives says so at once: what was heard last is no measure of it.
             at = lost.decided_ns / 1e9
             return _Loss("connection-reset", lost.detail, min(lost.last_heard_ns / 1e9, at), at)
+        if lost.kind is LostKind.CUT and self._inquiry.decides:
+            return _Loss("link-cut", lost.detail, lost.last_heard_ns / 1e9, lost.decided_ns / 1e9)
         if lost.kind is LostKind.SILENCE:
             return _Loss("silence", lost.detail, lost.last_heard_ns / 1e9, lost.decided_ns / 1e9)
         return None
@@ -560,8 +573,16 @@ class Backup:
 
         Returns its answer; None when the primary is back first; a text when the shadow's QEMU is lost.
         """
-        report = self._report
+        lost, wait = f"the primary is lost ({loss.detail})", 0.0
+        if loss.trigger == "link-cut":
+            lost, wait = f"the link is lost ({loss.detail})", FIRST_SAY_SECONDS
+        reason = "the primary lives, and may ask the arbiter first"
         while True:
+            if wait:
+                held = await self._hold(f"{lost}: {reason}", wait, gone)
+                if held is not None or not self._arrived.empty():
+                    return held
+            wait = ASK_AGAIN_SECONDS
             if self._forced.done():
                 outcome = await self._inquiry.force(generation)
                 self._authority.on(Event.FORCED)
@@ -574,22 +595,29 @@ class Backup:
             self._authority.on(outcome.event)
             if outcome.event in (Event.GRANTED, Event.DENIED):
                 return outcome
-            report.machine.move(PairState.HELD, f"the primary is lost ({loss.detail}): {outcome.reason}")
-            self._guarding = False  # a primary that is back is welcome, if the standing allows it
-            try:
-                waits: set[asyncio.Future[Any]] = {gone, self._forced}
-                await asyncio.wait(waits, timeout=ASK_AGAIN_SECONDS)
-            finally:
-                self._guarding = True
-            if gone.done():
-                if self._authority.standing is Standing.DOUBTING:
-                    # The question may still be granted, and the daemon's next start finds out.
-                    raise QemuError("the shadow's QEMU has ended while the arbiter was being asked")
-                self._spoiled()
-                report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
-                return "it ended while the arbiter was being asked"
-            if not self._arrived.empty():
-                return None
+            reason = outcome.reason
+
+    async def _hold(self, why: str, seconds: float, gone: asyncio.Future[int | None]) -> str | None:
+        """Be `held` for so long, or until something happens; returns a text if the shadow's QEMU is lost."""
+        report = self._report
+        report.machine.move(PairState.HELD, why)
+        self._guarding = False  # a primary that is back is welcome, if the standing allows it
+        self._arrival.clear()
+        arrival = asyncio.ensure_future(self._arrival.wait())
+        try:
+            waits: set[asyncio.Future[Any]] = {gone, self._forced, arrival}
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._guarding = True
+            arrival.cancel()
+        if gone.done():
+            if self._authority.standing is Standing.DOUBTING:
+                # The question may still be granted, and the daemon's next start finds out.
+                raise QemuError("the shadow's QEMU has ended while the arbiter was being asked")
+            self._spoiled()
+            report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
+            return "it ended while the arbiter was being asked"
+        return None
 
     async def _take_over(
         self,

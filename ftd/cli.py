@@ -51,6 +51,9 @@ _VERIFY_PATIENCE = 130.0
 # And after 60 s on what operators ask for.
 _CONTROL_PATIENCE = 70.0
 
+# The peer has 5 s to send its record.
+_FLIGHT_PATIENCE = 10.0
+
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
 _BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -361,6 +364,8 @@ def _status_lines(status: Status) -> Iterator[tuple[str, str]]:
         age = status.peer.heartbeat_age
         heard = f", heard {seconds_text(age)} ago" if age is not None else ""
         yield "peer", f"{status.peer.address}{heard if status.peer.connected else ', not connected'}"
+        for path in status.peer.paths if len(status.peer.paths) > 1 else ():
+            yield f"path {path.name}", f"{path.address}, {'up' if path.up else f'DOWN: {path.detail}'}"
     qemu = status.qemu
     if qemu.pid is not None:
         doing = "running" if qemu.running else "not running"
@@ -557,6 +562,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="flight.jsonl of the other node",
     )
+    why.set_defaults(url=None)
     why.add_argument("--last", metavar="N", type=int, default=40, help="show so many lines (default: 40)")
     why.add_argument("--json", action="store_true", help="print JSON, one object a line")
     why.set_defaults(command=_why)

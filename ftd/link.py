@@ -23,6 +23,12 @@ Control decides: what else the peer wanted to say (that the guest shut down, say
 packets of several connections overtake each other. So when frames or heartbeat end first, control gets
 `grace_seconds` to end, too, before the session counts as lost for that other reason. Messages that came
 before the end can still be taken with `receive()` after it, and must be, before anybody takes over.
+
+With further paths for heartbeats, silence is silence on all of them. A link that alone is silent has
+`patience_seconds` to come back; nothing is committed meanwhile, so nothing of the guest's output is released.
+Control that ends by a reset counts as cut when a further path goes on for longer than the grace: the kernel
+of a daemon that died resets all of its connections at once. Who gives a session up as cut says so on the
+further paths, so that the other side, to which the link may look whole, comes to the same end.
 """
 
 import asyncio
@@ -48,6 +54,7 @@ from ftd.messages import (
     Heartbeat,
     HeartbeatSettings,
     Hello,
+    LinkCut,
     Refusal,
     Welcome,
     decode,
@@ -55,6 +62,7 @@ from ftd.messages import (
     one_line,
 )
 from ftd.metrics import Connection, Rejection
+from ftd.paths import RETRY_SECONDS, Paths, PathSettings, PathState
 from ftd.tls import Identity
 from ftd.wire import (
     PAYLOAD_LIMITS,
@@ -104,6 +112,9 @@ class LinkOptions:
     linger_seconds: float = 1.0
     # For control to tell why, when another connection ends first.
     grace_seconds: float = 0.25
+    # Further paths for heartbeats, and for how long the link alone may be silent.
+    paths: tuple[PathSettings, ...] = ()
+    patience_seconds: float = 2.0
     max_part_bytes: int = PAYLOAD_LIMITS[MessageType.PART]
     # Accepted connections whose Hello has not come; above it, the oldest has to go.
     max_pending: int = 16
@@ -151,6 +162,7 @@ class Session:
         peer_node: str,
         on_lateness: Callable[[float], None] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
+        dial: Callable[[PathSettings], Coroutine[Any, Any, Channel]] | None = None,
     ) -> None:
         self.id = hello.session
         self.hello = hello
@@ -169,13 +181,28 @@ class Session:
         self._options = options
         self._on_lateness = on_lateness
         self.on_end: Callable[[Session], None] | None = None  # the listener's, which keeps count
+        # Told of each path that goes down or up: its name, which, and why.
+        self.on_path: Callable[[str, bool, str], None] = lambda name, up, detail: None
         self._control, self._heartbeat, self._frames = control, heartbeat, frames
         self._inbox: deque[ControlMessage] = deque()
         self._news = asyncio.Event()
         self._ended = asyncio.Event()
         self._ending: LostReason | None = None  # what holds if control says nothing within the grace
+        self._reset: str | None = None  # how control ended, while a further path goes on
+        self._farewell: asyncio.Task[None] | None = None
         self._detector = HeartbeatDetector(
             self.heartbeat.interval_ms * 1_000_000, self.heartbeat.misses, clock()
+        )
+        self._paths = Paths(
+            options.paths,
+            self.heartbeat,
+            clock=clock,
+            allowance_seconds=options.handshake_seconds,
+            on_heard=self._on_path_heard,
+            on_said=self._on_path_said,
+            on_lost=self._on_path_lost,
+            on_change=self._on_path_change,
+            dial=dial,
         )
         self._beats_sent = 0
         self._beats_heard = 0
@@ -277,6 +304,14 @@ class Session:
         """Seconds since the peer was last heard."""
         return max(0, self._clock() - self._detector.last_heard_ns) / 1e9
 
+    def paths(self) -> list[PathState]:
+        """How the paths are on which the peer is heard: the link first, then the further ones."""
+        return self._paths.states()
+
+    def attach_path(self, name: str, channel: Channel) -> None:
+        """Take a connection that the peer made for a further path. Raises PeerError for an unknown one."""
+        self._paths.attach(name, channel)
+
     @property
     def verdict(self) -> Verdict:
         """What the detector thinks of the peer."""
@@ -314,6 +349,11 @@ class Session:
                 "heartbeat",
             )
             return
+        self._paths.tick(now)
+        down = self._paths.link_down(now)
+        if down is not None and down >= self._options.patience_seconds:
+            self._end_cut(f"nothing heard on the link for {down + self.heartbeat.limit_ms / 1000:.1f} s")
+            return
         if verdict is Verdict.SUSPECT and before is Verdict.ALIVE:
             self.heartbeats_missed += 1
             _log.debug("heartbeat missing", peer=self.peer)
@@ -325,6 +365,7 @@ class Session:
             self._timers[0] = self._loop.call_at(self._tick_at, self._tick)
 
     def _beat(self, now: int) -> None:
+        self._paths.beat(self._own_state, self._own_epoch)
         if self._heartbeat.unsent_bytes:
             return  # the path takes nothing; old heartbeats would be worth nothing later
         beat = Heartbeat(sequence=self._beats_sent, sent_ns=now, state=self._own_state, epoch=self._own_epoch)
@@ -340,6 +381,7 @@ class Session:
         if progress != self._progress_ns:
             self._progress_ns = progress
             self._detector.heard(progress)
+            self._paths.hear_link(progress)
 
     def _on_heartbeat(self, type_: MessageType, payload: bytearray) -> None:
         message = decode(type_, payload)
@@ -352,8 +394,39 @@ class Session:
                     f"the peer sent heartbeat {message.sequence}, expected {self._beats_heard}",
                 )
             self._beats_heard += 1
-            self._detector.heard(self._clock())
+            now = self._clock()
+            self._detector.heard(now)
+            self._paths.hear_link(now)
             self.peer_state, self.peer_epoch = message.state, message.epoch
+
+    # ---- further paths -----------------------------------------------------------------------------------
+
+    def _on_path_heard(self, now: int, message: Heartbeat) -> None:
+        self._detector.heard(now)
+        self.peer_state, self.peer_epoch = message.state, message.epoch
+
+    def _on_path_said(self, message: Goodbye | LinkCut, name: str) -> None:
+        if isinstance(message, Goodbye):
+            self._await_control(LostKind.GOODBYE, message.reason, "heartbeat")
+        elif self._reset is not None:
+            self._end(LostKind.CUT, f"said on {name}: {message.reason}", "session")
+        else:
+            self._await_control(LostKind.CUT, f"said on {name}: {message.reason}", "heartbeat")
+
+    def _on_path_change(self, name: str, up: bool, detail: str) -> None:
+        if self.lost is None:
+            (_log.info if up else _log.warning)("heartbeat path", path=name, up=up, reason=one_line(detail))
+            self.on_path(name, up, detail)
+
+    def _on_path_lost(self, name: str) -> None:
+        if self._reset is not None and not self._paths.living:
+            self._end(LostKind.RESET, self._reset, "control")
+
+    def _end_cut(self, why: str) -> None:
+        """Give the session up and say so where the peer may hear it."""
+        heard = ", ".join(self._paths.living)
+        self._paths.say(LinkCut(reason=why))
+        self._end(LostKind.CUT, f"{why}; the peer is heard on {heard}", "session")
 
     def _on_control(self, type_: MessageType, payload: bytearray) -> None:
         message = decode(type_, payload)
@@ -373,15 +446,31 @@ class Session:
         detail = error.detail if isinstance(error, LinkLost) else str(error)
         if kind is LostKind.RESET and connection != "control":
             self._await_control(kind, detail, connection)
+        elif kind is LostKind.RESET and self._ending is not None and self._ending.kind is LostKind.CUT:
+            self._end(LostKind.CUT, self._ending.detail, "session")
+        elif kind is LostKind.RESET and self._paths.living:
+            if self._reset is None:
+                self._reset = detail
+                self._after_grace(kind, detail, connection)
         else:
-            self._end(kind, detail, connection)
+            self._end_or_cut(kind, detail, connection)
 
     def _await_control(self, kind: LostKind, detail: str, connection: Connection) -> None:
         if self.lost is None and self._ending is None:
             self._ending = LostReason(kind, detail, connection, self._detector.last_heard_ns, self._clock())
-            self._timers.append(
-                self._loop.call_later(self._options.grace_seconds, self._end, kind, detail, connection)
-            )
+            self._after_grace(kind, detail, connection)
+
+    def _after_grace(self, kind: LostKind, detail: str, connection: Connection) -> None:
+        self._timers.append(
+            self._loop.call_later(self._options.grace_seconds, self._end_or_cut, kind, detail, connection)
+        )
+
+    def _end_or_cut(self, kind: LostKind, detail: str, connection: Connection) -> None:
+        """End the session; a connection that was lost while the peer is heard elsewhere was cut."""
+        if kind in (LostKind.RESET, LostKind.SILENCE) and self._paths.living and self.lost is None:
+            self._end_cut(detail)
+        else:
+            self._end(kind, detail, connection)
 
     def _end(
         self,
@@ -434,9 +523,12 @@ class Session:
                 self._control.write(MessageType.CONTROL, goodbye)
             with suppress(FtdError):
                 self._heartbeat.write(MessageType.HEARTBEAT, goodbye)
+            self._paths.say(Goodbye(reason=reason))
             self._end(LostKind.CLOSED, reason, "session", close_channels=False)
             linger = self._options.linger_seconds
-            await asyncio.gather(self._control.finish(linger), self._heartbeat.finish(linger))
+            await asyncio.gather(
+                self._control.finish(linger), self._heartbeat.finish(linger), self._paths.finish(linger)
+            )
         self.abort(reason)
 
     def abort(self, reason: str) -> None:
@@ -444,6 +536,8 @@ class Session:
         self._end(LostKind.CLOSED, reason, "session")
         self._control.close()
         self._heartbeat.close()
+        if self._farewell is None:
+            self._paths.close()
 
 
 # ---- connecting side ---------------------------------------------------------------------------------------
@@ -470,6 +564,9 @@ async def connect(
     channels: dict[Connection, Channel] = {}
     frames: FrameChannel | None = None
 
+    async def dial(path: PathSettings) -> Channel:
+        return await _dial(options, hello, path, heartbeat_port, name)
+
     async def one(connection: Connection) -> Welcome:
         to = heartbeat_port if connection == "heartbeat" else port
         channels[connection] = channel = await _open(options, connection, host, to, source)
@@ -491,6 +588,7 @@ async def connect(
             options,
             peer_node=welcome.node,
             on_lateness=on_lateness,
+            dial=dial,
         )
     except TimeoutError:
         raise LinkError(
@@ -504,6 +602,26 @@ async def connect(
     finally:
         for channel in channels.values():
             channel.close()
+
+
+async def _dial(options: LinkOptions, hello: Hello, path: PathSettings, port: int, name: str) -> Channel:
+    """Connect on a further path. Raises PeerError and LinkError."""
+    channel: Channel | None = None
+    try:
+        async with asyncio.timeout(options.handshake_seconds):
+            channel = await _open(options, "heartbeat", path.peer, port, path.listen)
+            await _introduce(
+                options, channel, hello.model_copy(update={"channel": "heartbeat", "path": path.name}), name
+            )
+    except TimeoutError:
+        if channel is not None:
+            channel.close()
+        raise LinkError(f"{path.peer}:{port}: no answer within {options.handshake_seconds:g} s") from None
+    except BaseException:
+        if channel is not None:
+            channel.close()
+        raise
+    return channel
 
 
 async def _open(options: LinkOptions, connection: Connection, host: str, port: int, source: str) -> Channel:
@@ -633,7 +751,7 @@ class Listener:
         self._on_session = on_session
         self._on_rejected = on_rejected
         self._on_lateness = on_lateness
-        self._sockets: list[socket.socket] = []
+        self._sockets: list[socket.socket] = []  # data, heartbeat, and heartbeat of each further path
         self._acceptors: list[asyncio.Task[None]] = []
         self._pending: dict[asyncio.Task[None], None] = {}  # ordered: the oldest first
         self._farewells: set[asyncio.Task[None]] = set()
@@ -643,7 +761,7 @@ class Listener:
     @property
     def ports(self) -> tuple[int, int]:
         """The data port and the heartbeat port as bound."""
-        data, heartbeat = (sock.getsockname()[1] for sock in self._sockets)
+        data, heartbeat = (sock.getsockname()[1] for sock in self._sockets[:2])
         return data, heartbeat
 
     @property
@@ -655,22 +773,38 @@ class Listener:
         """Bind and listen. Raises HostError, one line, when a port cannot be had."""
         try:
             for port in self._wanted:
-                self._sockets.append(await self._bind(port))
+                self._sockets.append(await self._bind(self._host, port))
         except BaseException:
             self._close_sockets()
             raise
         loop = asyncio.get_running_loop()
         for sock, connection in zip(self._sockets, ("data", "heartbeat"), strict=True):
             self._acceptors.append(loop.create_task(self._accept(sock, heartbeat=connection == "heartbeat")))
+        for path in self._options.paths:
+            self._acceptors.append(loop.create_task(self._listen_on(path)))
 
-    async def _bind(self, port: int) -> socket.socket:
+    async def _listen_on(self, path: PathSettings) -> None:
+        """Accept on a further path. An interface that is down is no reason not to start: it may come up."""
+        told = ""
+        while True:
+            try:
+                sock = await self._bind(path.listen, self.ports[1])
+                break
+            except HostError as error:
+                if str(error) != told:
+                    told = str(error)
+                    _log.warning("no heartbeats on a path", path=path.name, reason=told)
+                await asyncio.sleep(RETRY_SECONDS)
+        self._sockets.append(sock)
+        await self._accept(sock, heartbeat=True, path=path.name)
+
+    async def _bind(self, host: str, port: int) -> socket.socket:
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(self._host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except socket.gaierror as error:
             raise HostError(
-                f"listen = {self._host}: {(error.strerror or str(error)).lower()}; "
-                "give an address of this host"
+                f"listen = {host}: {(error.strerror or str(error)).lower()}; give an address of this host"
             ) from None
         family, _, _, _, address = found[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -683,7 +817,7 @@ class Listener:
             sock.close()
             user = _port_user(port) if error.errno == errno.EADDRINUSE else ""
             reason = friendly(OSError(error.errno, error.strerror))
-            raise HostError(f"listen = {self._host}, port {port}{user}: {reason}") from None
+            raise HostError(f"listen = {host}, port {port}{user}: {reason}") from None
         return sock
 
     async def close(self) -> None:
@@ -702,7 +836,7 @@ class Listener:
             sock.close()
         self._sockets = []
 
-    async def _accept(self, listening: socket.socket, *, heartbeat: bool) -> None:
+    async def _accept(self, listening: socket.socket, *, heartbeat: bool, path: str = "") -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -717,11 +851,12 @@ class Listener:
                 # An honest handshake takes milliseconds, so the oldest is the least likely to be one.
                 next(iter(self._pending)).cancel("made room for newer connections")
                 await asyncio.sleep(0)
-            task = loop.create_task(self._serve(sock, f"{address[0]}:{address[1]}", heartbeat=heartbeat))
+            peer = f"{address[0]}:{address[1]}"
+            task = loop.create_task(self._serve(sock, peer, heartbeat=heartbeat, path=path))
             self._pending[task] = None
             task.add_done_callback(lambda done: self._pending.pop(done, None))
 
-    async def _serve(self, sock: socket.socket, peer: str, *, heartbeat: bool) -> None:
+    async def _serve(self, sock: socket.socket, peer: str, *, heartbeat: bool, path: str) -> None:
         """See one connection through its handshake."""
         try:
             tune(sock, user_timeout_seconds=self._options.user_timeout_seconds, urgent=heartbeat)
@@ -733,7 +868,7 @@ class Listener:
         try:
             async with asyncio.timeout(self._options.handshake_seconds):
                 hello = await self._read_hello(channel)
-            self._take(channel, hello, heartbeat=heartbeat)
+            self._take(channel, hello, heartbeat=heartbeat, path=path)
         except _RejectedError as error:
             self._reject(channel, error.label, str(error), answer=error.answer)
         except TimeoutError:
@@ -763,7 +898,7 @@ class Listener:
             raise _RejectedError("garbage", f"the first message was a {hello.kind}, expected a hello")
         return hello
 
-    def _take(self, channel: Channel, hello: Hello, *, heartbeat: bool) -> None:
+    def _take(self, channel: Channel, hello: Hello, *, heartbeat: bool, path: str) -> None:
         channel.name = hello.channel
         if hello.protocol != PROTOCOL_VERSION:
             raise VersionMismatch(hello.protocol)
@@ -773,7 +908,15 @@ class Listener:
                 f"a {hello.channel} connection on the {'heartbeat' if heartbeat else 'data'} port; "
                 "port and heartbeat_port must be the same on both hosts",
             )
-        if hello.channel == "control":
+        if hello.path != path:
+            raise _RejectedError(
+                "incompatible",
+                f"a connection for heartbeat path {hello.path or 'link'} on the address of "
+                f"{path or 'link'}; [[heartbeat.path]] must name the same paths on both hosts",
+            )
+        if hello.channel == "heartbeat" and hello.path:
+            self._take_path(channel, hello)
+        elif hello.channel == "control":
             self._take_control(channel, hello)
         else:
             self._take_other(channel, hello)
@@ -817,6 +960,13 @@ class Listener:
         forming.others[connection] = channel
         if len(forming.others) == 2:
             self._complete(forming)
+
+    def _take_path(self, channel: Channel, hello: Hello) -> None:
+        session = self._sessions.get(hello.session)
+        if session is None:
+            raise _RejectedError("refused", f"session {hello.session} is not known; begin with control")
+        self._send_welcome(channel, session.welcome)
+        session.attach_path(hello.path, channel)
 
     def _forget(self, session: Session) -> None:
         self._sessions.pop(session.id, None)

@@ -6,7 +6,7 @@ receiver never has to guess. Texts are for people: they are made one line and cu
     handshake   Hello → Welcome | Refusal        first on each connection
     control     Ack, SyncProgress, VerifyResult, GuestStopped, QemuLost, Resync, DiskDigestsWanted,
                 DiskDigests, DiskLost, Yield, TookOver, Goodbye
-    heartbeat   Heartbeat, Goodbye
+    heartbeat   Heartbeat, Goodbye, LinkCut
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class HeartbeatSettings(_Model):
 
 
 class Hello(_Model):
-    """First message of the connecting side (the primary) on each of the three connections of a session."""
+    """First message of the connecting side (the primary) on each connection of a session."""
 
     kind: Literal["hello"] = "hello"
     protocol: int = Field(default=PROTOCOL_VERSION, ge=0, le=65535)
@@ -74,6 +74,8 @@ class Hello(_Model):
     node: Name
     session: UUID
     channel: ChannelName = "control"
+    # Of a heartbeat connection: the [[heartbeat.path]] that it is for; empty for the link's own.
+    path: str = Field(default="", max_length=32, pattern=r"^[a-z0-9-]*$")
     generation: Number
     role: Name = "primary"
     epoch_ms: int = Field(ge=1, le=60_000)
@@ -232,6 +234,13 @@ class Heartbeat(_Model):
     epoch: Number
 
 
+class LinkCut(_Model):
+    """The sender has given the session up, since the link is lost to it, and lives. On further paths only."""
+
+    kind: Literal["link-cut"] = "link-cut"
+    reason: Text
+
+
 # ---- to and from bytes -----------------------------------------------------------------------------------
 
 HandshakeMessage = Hello | Welcome | Refusal
@@ -249,8 +258,8 @@ ControlMessage = (
     | TookOver
     | Goodbye
 )
-HeartbeatMessage = Heartbeat | Goodbye
-Message = HandshakeMessage | ControlMessage | Heartbeat
+HeartbeatMessage = Heartbeat | Goodbye | LinkCut
+Message = HandshakeMessage | ControlMessage | Heartbeat | LinkCut
 
 _ADAPTERS: dict[MessageType, TypeAdapter[Any]] = {
     MessageType.HANDSHAKE: TypeAdapter(Annotated[HandshakeMessage, Field(discriminator="kind")]),

@@ -48,17 +48,21 @@ REJECTIONS: tuple[Rejection, ...] = ("garbage", "tls", "incompatible", "refused"
 AbortReason = Literal["link", "abandoned", "invalid", "stopped"]
 ABORT_REASONS: tuple[AbortReason, ...] = ("link", "abandoned", "invalid", "stopped")
 
-Trigger = Literal["connection-reset", "qemu-died", "silence", "switchover", "forced"]
-TRIGGERS: tuple[Trigger, ...] = ("connection-reset", "qemu-died", "silence", "switchover", "forced")
+Trigger = Literal["connection-reset", "qemu-died", "silence", "switchover", "forced", "link-cut"]
+TRIGGERS: tuple[Trigger, ...] = (
+    "connection-reset", "qemu-died", "silence", "switchover", "forced", "link-cut"
+)  # fmt: skip
 
 ArbiterAnswer = Literal["granted", "denied", "silent", "doubt"]
 ARBITER_ANSWERS: tuple[ArbiterAnswer, ...] = ("granted", "denied", "silent", "doubt")
 
 Warning_ = Literal[
-    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale"
-]
+    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale",
+    "path_down",
+]  # fmt: skip
 WARNINGS: tuple[Warning_, ...] = (
-    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale"
+    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale",
+    "path_down",
 )  # fmt: skip
 
 # ---- buckets ---------------------------------------------------------------------------------------------
@@ -263,6 +267,18 @@ class Metrics:
             "ftd_heartbeats_missed_total", "Heartbeats that did not come within their interval."
         )
 
+        # The link is there always; set_paths() adds those of the configuration.
+        self.path_up = self._gauge(
+            "ftd_heartbeat_path_up",
+            "1 while the peer is heard on a path, 0 while it is not, or there is no peer: the link, and each "
+            "[[heartbeat.path]] by its name.",
+            path=("link",),
+        )
+        self.path_losses = self._counter(
+            "ftd_heartbeat_path_losses_total", "Times that a path went silent, or its connection was lost.",
+            path=("link",),
+        )  # fmt: skip
+
         # First copy
         self.sync_progress = self._gauge(
             "ftd_sync_progress_ratio",
@@ -398,11 +414,11 @@ class Metrics:
         # The daemon
         self.warnings = self._gauge(
             "ftd_warning",
-            "1 while a promise is given away. accept_split_brain: no arbiter, "
-            "both sides may run the guest after a network failure; insecure_link: the link is not "
+            "1 while a promise is given away, or something is not as configured. accept_split_brain: no "
+            "arbiter, both sides may run the guest after a network failure; insecure_link: the link is not "
             "encrypted; output_not_held: network output leaves before its epoch is committed; "
             "arbiter_unreachable: it did not answer the last question; arbiter_stale: it is older than this "
-            "node, and is not believed.",
+            "node, and is not believed; path_down: nothing is heard on one of several paths.",
             warning=WARNINGS,
         )
         self.loop_lag = self._gauge(
@@ -474,6 +490,18 @@ class Metrics:
         target = configured if target is None else target
         self.epoch_length_target.set(target)
         self.epoch_stretch.set(now / target)
+
+    def set_paths(self, names: Iterable[str]) -> None:
+        """Make the series of the paths that the configuration has."""
+        for name in names:
+            self.path_up.labels(path=name)
+            self.path_losses.labels(path=name)
+
+    def set_path(self, name: str, up: bool, *, lost: bool = False) -> None:
+        """Show whether a path is up; lost: count that it went down."""
+        self.path_up.labels(path=name).set(up)
+        if lost:
+            self.path_losses.labels(path=name).inc()
 
     def set_state(self, state: PairState) -> None:
         """Set the pair's state: one series 1, the others 0."""

@@ -39,6 +39,7 @@ from ftd.link import LinkOptions
 from ftd.messages import HeartbeatSettings
 from ftd.metrics import Metrics
 from ftd.notify import Notifier
+from ftd.paths import PathSettings
 from ftd.primary import Primary, start_guest
 from ftd.qemu import QemuProcess, RunFiles, is_running
 from ftd.report import Report
@@ -335,6 +336,8 @@ class Node:
         return LinkOptions(
             identity=identity,
             heartbeat=HeartbeatSettings(interval_ms=heartbeat.interval_ms, misses=heartbeat.misses),
+            paths=tuple(PathSettings(path.name, path.listen, path.peer) for path in heartbeat.path),
+            patience_seconds=heartbeat.link_patience_ms / 1000,
         )
 
     def _show_warnings(self, options: LinkOptions) -> None:

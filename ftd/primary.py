@@ -492,8 +492,7 @@ class Primary:
         """
         report = self._report
         self._session = session
-        report.peer_name, report.peer_connected = session.peer_node, True
-        report.heartbeat_age = lambda: session.heartbeat_age
+        report.session_began(session)
         report.machine.move(PairState.SYNCING, f"{session.peer_node} is there: copying the guest")
         self._protection = protection = Protection(
             self._config,
@@ -533,8 +532,7 @@ class Primary:
             self._next_epoch = protection.epoch + 1
             self._stopped_guest = protection.stopped_guest
             self._protection = None
-            report.peer_connected = False
-            report.heartbeat_age = lambda: None
+            report.session_ended()
             report.flight.note(
                 "session-lost", reason=reason or "ended here", heartbeats_missed=session.heartbeats_missed
             )

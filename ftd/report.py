@@ -10,23 +10,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import ftd
 from ftd import log
 from ftd.arbiter import Record
 from ftd.authority import Row, Standing
 from ftd.config import Config
+from ftd.config.paths import LINK_PATH
 from ftd.disksync import DiskProgress
 from ftd.flight import FlightRecorder
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
 from ftd.pacing import Account, FixedPace
+from ftd.paths import PathState
 from ftd.speculation import Round, Speculation
 from ftd.state import Move, PairState, Role, StateMachine
 from ftd.status import (
     AuthorityStatus,
     EpochStatus,
     OutputStatus,
+    PathStatus,
     PauseStatus,
     PeerStatus,
     QemuStatus,
@@ -40,6 +43,22 @@ from ftd.status import (
 _log = log.get(__name__)
 
 KEPT_PAUSES = 1000
+
+
+class PeerView(Protocol):
+    """What is told of a session with the peer; link.Session is one."""
+
+    peer_node: str
+    on_path: Callable[[str, bool, str], None]
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the peer was last heard."""
+        ...
+
+    def paths(self) -> list[PathState]:
+        """Return how the paths are."""
+        ...
 
 
 class Report:
@@ -62,7 +81,8 @@ class Report:
         self.solo_intended = False
         self.peer_name = ""
         self.peer_connected = False
-        self.heartbeat_age: Callable[[], float | None] = lambda: None
+        self._peer: PeerView | None = None
+        self._paths_down: dict[str, str] = {}
         self.last_verify: VerifyReport | None = None
         self._takeover: TakeoverStatus | None = None
         self._pauses: deque[float] = deque(maxlen=KEPT_PAUSES)
@@ -83,6 +103,7 @@ class Report:
         metrics.set_role(self.machine.role)
         metrics.set_state(self.machine.state)
         metrics.set_heartbeat_age_source(self._heartbeat_age)
+        metrics.set_paths(path.name for path in config.heartbeat.path)
         metrics.in_flight_limit.set(config.epoch.in_flight_mib << 20)
         metrics.set_epoch_length(self.configured_epoch, self.configured_epoch)
 
@@ -92,7 +113,42 @@ class Report:
         return self.config.epoch.length_ms / 1000
 
     def _heartbeat_age(self) -> float | None:
-        return self.heartbeat_age()  # another function with every session
+        return self._peer.heartbeat_age if self._peer is not None else None
+
+    # ---- the session --------------------------------------------------------------------------------------
+
+    def session_began(self, peer: PeerView) -> None:
+        """There is a session; what is shown of the peer is asked of it until `session_ended`."""
+        self._peer = peer
+        self.peer_name, self.peer_connected = peer.peer_node, True
+        peer.on_path = self._on_path
+        for path in peer.paths():
+            self.metrics.set_path(path.name, path.up)
+
+    def session_ended(self) -> None:
+        """There is no session any more."""
+        self._peer = None
+        self.peer_connected = False
+        for name in (LINK_PATH, *(path.name for path in self.config.heartbeat.path)):
+            self.metrics.set_path(name, False)
+        self._paths_down.clear()
+        self.clear_warning("path_down")
+
+    def _on_path(self, name: str, up: bool, detail: str) -> None:
+        """Tell that a path went down or up, while the peer is heard on another, or on this one again."""
+        self.metrics.set_path(name, up, lost=not up)
+        self.flight.note("path", path=name, up=up, reason=detail)
+        if up:
+            self._paths_down.pop(name, None)
+        else:
+            self._paths_down[name] = detail
+        if self._paths_down:
+            self.warn(
+                "path_down",
+                "; ".join(f"heartbeat path {path} is down: {why}" for path, why in self._paths_down.items()),
+            )
+        else:
+            self.clear_warning("path_down")
 
     def _on_move(self, move: Move) -> None:
         self._moved = time.monotonic()
@@ -350,7 +406,8 @@ class Report:
             address=self.config.link.peer,
             name=self.peer_name,
             connected=self.peer_connected,
-            heartbeat_age=self.heartbeat_age(),
+            heartbeat_age=self._heartbeat_age(),
+            paths=self._path_status(),
         )
         values: dict[str, Any] = {
             "epoch": EpochStatus(
@@ -393,6 +450,21 @@ class Report:
             warnings=list(self._warnings.values()),
             **values,
         )
+
+    def _path_status(self) -> list[PathStatus]:
+        addresses = {LINK_PATH: self.config.link.peer}
+        addresses |= {path.name: path.peer for path in self.config.heartbeat.path}
+        known = {path.name: path for path in self._peer.paths()} if self._peer is not None else {}
+        return [
+            PathStatus(
+                name=name,
+                address=address,
+                up=name in known and known[name].up,
+                heartbeat_age=known[name].heard_age if name in known else None,
+                detail=known[name].detail if name in known else "no session with the peer",
+            )
+            for name, address in addresses.items()
+        ]
 
     def _reason(self) -> str:
         waits = self.machine.state is PairState.WAITING

@@ -97,13 +97,28 @@ class SyncStatus(Model):
     disk_bytes_sent: int = 0
 
 
+class PathStatus(Model):
+    """A path on which the peer is heard: `link`, or a [[heartbeat.path]]. address: the peer's on it.
+
+    heartbeat_age: seconds since it was last heard there, None when never in this session. detail: why it is
+    down.
+    """
+
+    name: str
+    address: str
+    up: bool = False
+    heartbeat_age: float | None = None
+    detail: str = ""
+
+
 class PeerStatus(Model):
-    """The other node. heartbeat_age: seconds since it was last heard, None when never."""
+    """The other node. heartbeat_age: seconds since it was last heard on any path, None when never."""
 
     address: str
     name: str = ""
     connected: bool = False
     heartbeat_age: float | None = None
+    paths: list[PathStatus] = []
 
 
 class OutputStatus(Model):

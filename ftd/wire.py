@@ -4,7 +4,7 @@ end.
 All numbers are little-endian. A message is this header and ``length`` bytes of payload:
 
     0   char[4]  magic "FTDM"
-    4   u16      protocol version, 2
+    4   u16      protocol version, 3
     6   u16      type (MessageType)
     8   u64      sequence: 0 for the first message of a connection and direction, then one more each time
     16  u64      length of the payload in bytes; each type has its limit
@@ -25,7 +25,7 @@ from types import MappingProxyType
 from ftd.errors import LinkError
 
 MAGIC = b"FTDM"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HEADER_SIZE = 32
 
 _FIELDS = struct.Struct("<4sHHQQI")
@@ -61,6 +61,7 @@ class LostKind(StrEnum):
 
     GOODBYE = "goodbye"  # the peer said that it leaves, and why: not a failure
     RESET = "reset"  # the peer's kernel closed the connection: its daemon died or was killed
+    CUT = "cut"  # the link is lost, and the peer lives: it is heard on another path
     SILENCE = "silence"  # nothing heard for too long: the host or the path is gone, or stands still
     STALLED = "stalled"  # a part made no progress for too long, while other connections still work
     PROTOCOL = "protocol"  # the peer sent what it may not

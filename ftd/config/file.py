@@ -10,7 +10,8 @@ from pydantic import ValidationError, model_validator
 
 from ftd.config.fields import Section, SettingError, another_port
 from ftd.config.machine import Machine
-from ftd.config.pair import Arbiter, Heartbeat, Http, Link, Node
+from ftd.config.pair import Arbiter, Http, Link, Node
+from ftd.config.paths import Heartbeat, every_address, same_address
 from ftd.config.problems import problem, syntax_problem
 from ftd.config.protection import Disks, Epoch, Output, Staging
 from ftd.errors import ConfigError, friendly
@@ -70,6 +71,20 @@ class Config(Section):
                 raise SettingError(
                     "http.port",
                     f"is also [link] {key}; choose another, such as {another_port(self.http.port)}",
+                )
+        for number, path in enumerate(self.heartbeat.path):
+            for key in ("listen", "peer"):
+                if same_address(getattr(path, key), getattr(self.link, key)):
+                    raise SettingError(
+                        f"heartbeat.path.{number}.{key}",
+                        f"is also [link] {key}, on which heartbeats go anyway; give an address on another "
+                        "path, or remove this one",
+                    )
+            if every_address(self.link.listen):
+                raise SettingError(
+                    "link.listen",
+                    "is every address of this host, and [[heartbeat.path]] wants to tell paths apart; give "
+                    "the one on the link",
                 )
         if self.machine.attach is not None and self.node.role == "backup":
             raise SettingError(

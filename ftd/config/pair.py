@@ -10,10 +10,6 @@ from pydantic import Field, model_validator
 
 from ftd.config.fields import ConfigPath, NonEmpty, Port, Section, SettingError, another_port
 
-# A pair that notices the death of its other half later than this is not what people mean by fault tolerance,
-# and TCP connections of the guest's clients begin to give up.
-LONGEST_DETECTION_SECONDS = 60.0
-
 
 class Node(Section):
     """Who this daemon is."""
@@ -110,40 +106,6 @@ class Link(Section):
                         "is missing; give a PEM file, or set insecure = true on a link that nobody else can "
                         "reach",
                     )
-        return self
-
-
-class Heartbeat(Section):
-    """How fast the loss of the other node is noticed: after `interval_ms` × `misses`."""
-
-    interval_ms: int = Field(
-        default=50,
-        ge=5,
-        le=10_000,
-        description="Milliseconds between two heartbeats. Each costs one small packet in both directions. "
-        "Default: 50.",
-    )
-    misses: int = Field(
-        default=6,
-        ge=2,
-        le=100,
-        description="Heartbeats in a row that may be missing before the peer is taken for lost. Fewer notice "
-        "a loss sooner and mistake a busy host or network for a dead one more often. Default: 6.",
-    )
-
-    @property
-    def detection_seconds(self) -> float:
-        """Silence after which the peer is taken for lost, in seconds."""
-        return self.interval_ms * self.misses / 1000
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.detection_seconds > LONGEST_DETECTION_SECONDS:
-            raise SettingError(
-                "misses",
-                f"with interval_ms = {self.interval_ms} notices a loss after {self.detection_seconds:g} s; "
-                f"keep interval_ms × misses within {LONGEST_DETECTION_SECONDS:g} s",
-            )
         return self
 
 

@@ -151,7 +151,7 @@ def _where(root: type[BaseModel], location: list[int | str]) -> str:
         return f"[{location[0]}]" if location[0] in root.model_fields else str(location[0])
     head, *rest = location
     number = next((place for place, part in enumerate(rest) if isinstance(part, int)), None)
-    if number is not None and rest[0] in ("nic", "disk"):
+    if number is not None and rest[0] in ("nic", "disk", "path"):
         key = ".".join(map(str, rest[number + 1 :]))
         return f"[[{head}.{rest[0]}]] number {int(rest[number]) + 1}" + (f", {key}" if key else "")
     return f"[{head}] " + "".join(f"[{part}]" if isinstance(part, int) else str(part) for part in rest)

@@ -40,12 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def network(request: pytest.FixtureRequest) -> Iterator[TestNetwork]:
     """Two hosts and a client, as TestNetwork makes them; nothing of it may be left afterwards.
 
-    With an etcd, there is a third host for it.
+    With an etcd, there is a third host for it; with `side`, a further path.
     """
     third = ["arbiter"] if "etcd" in request.fixturenames else []
-    with TestNetwork(["host-a", "host-b", *third]) as made:
+    with TestNetwork(["host-a", "host-b", *third], side="side" in request.fixturenames) as made:
         yield made
     assert made.leftovers() == []
+
+
+@pytest.fixture
+def side() -> None:
+    """Heartbeats have a path of their own beside the link."""
 
 
 @pytest.fixture(scope="session")
@@ -118,9 +123,10 @@ async def etcd(network: TestNetwork) -> AsyncIterator[Etcd]:
 
 
 @pytest.fixture
-async def pair(start_pair: StartPair, etcd: Etcd) -> AsyncIterator[Pair]:
+async def pair(start_pair: StartPair, etcd: Etcd, request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     """A protected pair with an arbiter, and somebody who looks all the time whether both sides speak."""
-    made: Pair = await start_pair(await bare_guest(), arbitrated(etcd) | NIC)
+    more = getattr(request, "param", {})
+    made: Pair = await start_pair(await bare_guest(), arbitrated(etcd) | NIC | more)
     both: list[list[str]] = []
 
     async def watch() -> None:

@@ -3,6 +3,7 @@
     +- switch ----------------------------------------------------+
     |   br-net    net-host-a  net-host-b  net-client              |   10.77.0.0/24: guests and clients
     |   br-link   link-host-a link-host-b                         |   10.78.0.0/24: daemons
+    |   br-side   side-host-a side-host-b, if asked for           |   10.79.0.0/24: their heartbeats
     +----------------|-----------------------------|--------------+
     +- host-a -------|-----------+  +- client -----|-----------+
     |  br0: net0, tap0 …  link0  |  |  net0                    |
@@ -37,7 +38,8 @@ from testbed.namespaces import NAMESPACES, call_in_namespace
 
 NET = "10.77.0"
 LINK = "10.78.0"
-SEGMENTS = ("net", "link")
+SIDE = "10.79.0"
+SEGMENTS = ("net", "link", "side")
 GUEST_ADDRESS = f"{NET}.100"
 CLIENT_ADDRESS = f"{NET}.200"
 GUEST_MAC = "52:54:00:f7:d0:01"
@@ -271,6 +273,11 @@ class Host(Node):
         return f"{LINK}.{self.number}"
 
     @property
+    def side_address(self) -> str:
+        """The address for heartbeats on a further path, in a network that has one."""
+        return f"{SIDE}.{self.number}"
+
+    @property
     def memory_directory(self) -> Path:
         """Where this host's guest memory belongs; in shared memory, and gone with the network."""
         path = SHARED_MEMORY / f"{self.network.prefix}-{self.name}"
@@ -283,14 +290,15 @@ class Host(Node):
         return [f"tap{number}" for number in range(self.network.taps)]
 
     @property
-    def ports(self) -> tuple[str, str]:
-        """The host's two ports on the switch: the network's and the link's."""
-        return f"net-{self.name}", f"link-{self.name}"
+    def ports(self) -> tuple[str, ...]:
+        """The host's ports on the switch: the network's, the link's, and that of the further path."""
+        return tuple(f"{segment}-{self.name}" for segment in self.network.segments)
 
     def _build(self) -> None:
         self.inode = _add_namespace(self.namespace)
         self._plug("net", "net0")
-        self._plug("link", "link0")
+        for segment in self.network.segments[1:]:
+            self._plug(segment, f"{segment}0")
         commands = [
             "link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0",
             "link set net0 master br0",
@@ -304,6 +312,8 @@ class Host(Node):
             f"addr add {self.link_address}/24 dev link0",
             "link set link0 up",
         ]
+        if "side" in self.network.segments:
+            commands += [f"addr add {self.side_address}/24 dev side0", "link set side0 up"]
         _batch(self.namespace, commands)
 
     def _set_ports(self, up: bool) -> None:
@@ -325,6 +335,14 @@ class Host(Node):
     def restore_link(self) -> None:
         """Undo cut_link()."""
         self._drop("link", None)
+
+    def cut_side(self, direction: Direction = "both") -> None:
+        """The same for the further path of heartbeats."""
+        self._drop("side", direction)
+
+    def restore_side(self) -> None:
+        """Undo cut_side()."""
+        self._drop("side", None)
 
     def cut_network(self, direction: Direction = "both") -> None:
         """The same for the cable to the clients; the link stays whole."""
@@ -402,9 +420,14 @@ class TestNetwork:
     __test__ = False  # not a test, whatever pytest thinks of its name
 
     def __init__(
-        self, hosts: Sequence[str] = ("host-a", "host-b"), *, taps: int = 1, keep: bool = False
+        self,
+        hosts: Sequence[str] = ("host-a", "host-b"),
+        *,
+        taps: int = 1,
+        keep: bool = False,
+        side: bool = False,
     ) -> None:
-        """`keep`: leave everything in place on exit, until remove_kept()."""
+        """`keep`: leave everything in place on exit, until remove_kept(). `side`: a further path."""
         for name in hosts:
             if len(name) > 10 or name in ("switch", "client"):
                 raise TestbedError(
@@ -412,6 +435,7 @@ class TestNetwork:
                 )
         self.prefix = PREFIX + secrets.token_hex(3)
         self.taps = taps
+        self.segments = SEGMENTS if side else SEGMENTS[:2]
         self.keep = keep
         self.hosts = {name: Host(self, name, 11 + number) for number, name in enumerate(hosts)}
         self.client = Client(self, "client", 200)
@@ -437,7 +461,7 @@ class TestNetwork:
         try:
             switch = self.namespace("switch")
             _add_namespace(switch)
-            for bridge in ("br-net", "br-link"):
+            for bridge in (f"br-{segment}" for segment in self.segments):
                 _batch(
                     switch,
                     [

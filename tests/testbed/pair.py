@@ -212,6 +212,9 @@ class Pair:
             "http": {"listen": "127.0.0.1", "port": HTTP_PORT},
             "arbiter": {"kind": "none", "accept_split_brain": True},
         }
+        if "side" in self.network.segments:
+            path = {"name": "side", "listen": host.side_address, "peer": peer.side_address}
+            tables["heartbeat"]["path"] = [path]
         for settings in (self.settings, self.backup_settings if role == "backup" else {}):
             for name, table in settings.items():
                 tables[name] = {**tables.get(name, {}), **table}

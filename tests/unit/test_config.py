@@ -70,7 +70,7 @@ def test_examples_load(role):
 def test_examples_name_every_key(role, write):
     text = (EXAMPLES / f"{role}.example.toml").read_text()
     # A key that is commented out follows the `#` directly; prose has a blank there.
-    uncommented = re.sub(r"(?m)^#(?=\w)", "", text)
+    uncommented = re.sub(r"(?m)^#(?=\w|\[\[)", "", text)
     load(write(uncommented))
     data = tomllib.loads(uncommented)
     for name, section in Config.model_fields.items():
@@ -112,6 +112,45 @@ def test_network_cards(write):
         )
     )
     assert [nic.tap for nic in config.machine.nic] == ["tap0", "tap1"]
+
+
+def test_heartbeat_paths(write):
+    text = '[[heartbeat.path]]\nname="a"\nlisten="10.1.0.1"\npeer="10.1.0.2"\n'
+    config = load(write(MINIMAL + text + '[[heartbeat.path]]\nname="b"\nlisten="h1"\npeer="h2"\n'))
+    assert [path.name for path in config.heartbeat.path] == ["a", "b"]
+    assert config.heartbeat.link_patience_ms == 2000
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ('name="link"\nlisten="10.1.0.1"\npeer="10.1.0.2"', 'number 1, name = "link": is the name of the'),
+        ('name="A B"\nlisten="10.1.0.1"\npeer="10.1.0.2"', 'number 1, name = "A B": is not well-formed'),
+        ('name="a"\nlisten="10.1.0.1"', "number 1, peer: is missing"),
+        ('name="a"\nlisten="10.1.0.1"\npeer="10.1.0.1"', "peer = .*: is this node's own address"),
+        ('name="a"\nlisten="10.1.0.1"\npeer="10.0.0.2"', r"peer = .*: is also \[link\] peer, on which"),
+        ('name="a"\nlisten="10.0.0.1"\npeer="10.1.0.2"', r"listen = .*: is also \[link\] listen, on which"),
+        (
+            'name="a"\nlisten="fd00::1"\npeer="fd00::2"\n'
+            '[[heartbeat.path]]\nname="b"\nlisten="fd00:0::1"\npeer="fd00::3"',
+            'number 2, listen = "fd00:0::1": is that of number 1, too',
+        ),
+        (
+            'name="a"\nlisten="h1"\npeer="h2"\n[[heartbeat.path]]\nname="a"\nlisten="h3"\npeer="h4"',
+            'number 2, name = "a": is that of number 1, too',
+        ),
+    ],
+)
+def test_heartbeat_paths_that_are_none(write, path, words):
+    with pytest.raises(ConfigError, match=r"\[\[heartbeat.path\]\] .*" + words):
+        load(write(MINIMAL + "[[heartbeat.path]]\n" + path + "\n"))
+
+
+def test_paths_cannot_be_told_apart_by_a_link_that_listens_everywhere(write):
+    text = MINIMAL.replace('listen = "10.0.0.1"', 'listen = "0.0.0.0"')
+    path = '[[heartbeat.path]]\nname="a"\nlisten="10.1.0.1"\npeer="10.1.0.2"\n'
+    with pytest.raises(ConfigError, match=r"\[link\] listen = \"0.0.0.0\": is every address of this host"):
+        load(write(text + path))
 
 
 def test_disks(write, tmp_path):

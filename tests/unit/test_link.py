@@ -574,8 +574,8 @@ async def test_a_second_primary_is_refused_and_the_first_goes_on(options):
 
 async def test_another_protocol_version_is_refused_with_both_numbers(options):
     async with listening(options) as backup:
-        with pytest.raises(PeerError, match="version 3, this side 2"):
-            await backup.connect(hello(protocol=3))
+        with pytest.raises(PeerError, match="version 4, this side 3"):
+            await backup.connect(hello(protocol=4))
         assert await backup.next_rejected() == "incompatible"
 
 

@@ -44,6 +44,8 @@ ftd_epochs_stretched_total counter
 ftd_epochs_verified_total counter
 ftd_generation gauge
 ftd_heartbeat_age_seconds gauge
+ftd_heartbeat_path_losses_total counter path=link
+ftd_heartbeat_path_up gauge path=link
 ftd_heartbeats_missed_total counter
 ftd_in_flight_bytes gauge
 ftd_in_flight_limit_bytes gauge
@@ -71,9 +73,9 @@ ftd_sync_progress_ratio gauge
 ftd_syncs_completed_total counter
 ftd_takeover_seconds gauge phase=detection|activation|total
 ftd_takeovers_refused_total counter
-ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced
+ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced|link-cut
 ftd_verify_differing_pages_total counter
-ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|arbiter_unreachable|arbiter_stale
+ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|arbiter_unreachable|arbiter_stale|path_down
 """  # noqa: E501
 
 

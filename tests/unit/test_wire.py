@@ -95,8 +95,8 @@ def test_the_length_is_not_believed_before_the_checksum():
 
 
 def test_another_version_is_told_as_such():
-    with pytest.raises(VersionMismatch, match="version 3, this side 2; install the same version"):
-        decode_header(raw(version=3))
+    with pytest.raises(VersionMismatch, match="version 4, this side 3; install the same version"):
+        decode_header(raw(version=4))
 
 
 def test_too_large_a_message_is_a_fault_of_the_sender():
