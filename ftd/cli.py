@@ -35,7 +35,7 @@ from pydantic import BaseModel, ValidationError
 
 from ftd import __version__, log
 from ftd.errors import FtdError, HostError, friendly
-from ftd.status import Done, Failure, Status, VerifyReport
+from ftd.status import Done, Failure, PeerFlight, Status, VerifyReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -193,7 +193,17 @@ def _why(arguments: argparse.Namespace) -> int:
     from ftd import flight
 
     state = configuration.load(arguments.config).node.state_folder
-    entries = flight.merge([flight.read(state / "flight.jsonl"), *map(flight.read, arguments.peer)])
+    flights = [flight.read(state / "flight.jsonl"), *map(flight.read, arguments.peer)]
+    without = ""
+    if not arguments.peer:
+        try:
+            fetched = _ask(PeerFlight, _url(arguments), "/peer-flight", timeout=_FLIGHT_PATIENCE)
+            flights.append(flight.parse(fetched.lines.encode()))
+        except FtdError as error:
+            without = f"ftd: without the other node's record: {error}"
+    entries = flight.merge(flights)
+    if without:
+        print(without, file=sys.stderr, flush=True)
     if arguments.json:
         for entry in entries[-arguments.last :]:
             print(json.dumps({"at": entry.at, "node": entry.node, "what": entry.what, **entry.fields}))
@@ -550,8 +560,10 @@ def _parser() -> argparse.ArgumentParser:
         "why",
         parents=[common],
         help="show what both nodes saw and decided, and explain the last takeover, or why there was none",
-        description="Reads flight.jsonl in the node's state_dir; the daemon need not run. For the whole "
-        "story bring the other node's file here. Times are UTC, of each node's own clock.",
+        description="Reads flight.jsonl in the node's state_dir, and has the daemon fetch the newest lines "
+        "of the other node's over the link. Where that is not possible, as a daemon or the link is down, "
+        "it says so and explains with what there is; --peer takes a copy of the other node's file instead. "
+        "Times are UTC, of each node's own clock.",
     )
     why.add_argument("config", metavar="CONFIG", type=Path, help="TOML file of this node")
     why.add_argument(
@@ -560,7 +572,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         default=[],
-        help="flight.jsonl of the other node",
+        help="flight.jsonl of the other node, instead of asking it",
     )
     why.set_defaults(url=None)
     why.add_argument("--last", metavar="N", type=int, default=40, help="show so many lines (default: 40)")

@@ -5,6 +5,7 @@
     GET  /metrics  for Prometheus (ftd/metrics.py)
     GET  /healthz  200 while the process is alive and its event loop on time; 503: a restart would help
     GET  /readyz   200 while the guest is protected, or alone by intent; 503 says why not
+    GET  /peer-flight  the newest lines of the peer's flight recorder, fetched over the link, for `ftd why`
     POST /verify   compare all memory at the next epoch's end and answer with the result
     POST /switchover, /takeover, /pause-protection, /resume-protection, /protect
                    what operators ask for; a JSON object with arguments, or nothing
@@ -138,6 +139,12 @@ class _Api:
             self._verifying = False
         return _json(report)
 
+    async def peer_flight(self, request: web.Request) -> web.Response:
+        try:
+            return _json(await self._source.peer_flight())
+        except FtdError as error:
+            return _failure(409, str(error))
+
     async def control(self, request: web.Request) -> web.Response:
         refuse_other_sites(request)
         refuse_other_hosts(request)
@@ -212,8 +219,10 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
             raise
         text = refusal.text or refusal.reason
         if isinstance(refusal, web.HTTPNotFound):
-            text = f"nothing at {request.path}; there are /, /status, /metrics, /healthz, /readyz, /verify "
-            text += "and what operators ask for: " + ", ".join(f"/{action}" for action in ACTIONS)
+            text = f"nothing at {request.path}; there are /, /status, /metrics, /healthz, /readyz, /verify, "
+            text += "/peer-flight, and what operators ask for: " + ", ".join(
+                f"/{action}" for action in ACTIONS
+            )
         elif isinstance(refusal, web.HTTPMethodNotAllowed):
             text = f"{request.path} takes {', '.join(sorted(refusal.allowed_methods))}, not {request.method}"
         response = _failure(refusal.status, text)
@@ -239,6 +248,7 @@ def create_app(source: StatusSource, metrics: Metrics) -> web.Application:
             web.get("/metrics", api.metrics),
             web.get("/healthz", api.healthz),
             web.get("/readyz", api.readyz),
+            web.get("/peer-flight", api.peer_flight),
             web.post("/verify", api.verify),
             *(web.post(f"/{action}", api.control) for action in ACTIONS),
         ]

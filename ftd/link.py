@@ -50,6 +50,8 @@ from ftd.detector import HeartbeatDetector, Verdict
 from ftd.errors import FtdError, HostError, LinkError, PeerError, friendly
 from ftd.messages import (
     ControlMessage,
+    Flight,
+    FlightWanted,
     Goodbye,
     Heartbeat,
     HeartbeatSettings,
@@ -183,6 +185,10 @@ class Session:
         self.on_end: Callable[[Session], None] | None = None  # the listener's, which keeps count
         # Told of each path that goes down or up: its name, which, and why.
         self.on_path: Callable[[str, bool, str], None] = lambda name, up, detail: None
+        # Makes this side's answer to a FlightWanted.
+        self.flight: Callable[[], Coroutine[Any, Any, Flight]] | None = None
+        self._flights: deque[asyncio.Future[Flight]] = deque()  # that were asked for
+        self._answers: set[asyncio.Task[None]] = set()
         self._control, self._heartbeat, self._frames = control, heartbeat, frames
         self._inbox: deque[ControlMessage] = deque()
         self._news = asyncio.Event()
@@ -256,6 +262,23 @@ class Session:
         if len(self._inbox) == _INBOX_ROOM:
             self._control.resume()
         return message
+
+    async def fetch_flight(self) -> Flight:
+        """Ask the peer for its flight recorder. Raises LinkLost."""
+        answer: asyncio.Future[Flight] = self._loop.create_future()
+        self._raise_if_lost()
+        self._flights.append(answer)
+        await self.send(FlightWanted())
+        return await answer
+
+    async def _send_flight(self) -> None:
+        if self.flight is not None:
+            try:
+                message = await self.flight()
+            except FtdError as error:
+                _log.warning("the flight recorder was asked for", error=friendly(error))
+                message = Flight(lines="", cut=True)
+            self._post(message)
 
     def _raise_if_lost(self) -> None:
         if self.lost is not None:
@@ -433,7 +456,21 @@ class Session:
         if isinstance(message, Goodbye):
             self._end(LostKind.GOODBYE, message.reason, "control")
             return
-        self._detector.heard(self._clock())
+        now = self._clock()
+        self._detector.heard(now)
+        self._paths.hear_link(now)
+        if isinstance(message, FlightWanted):
+            if not self._answers:  # one at a time is enough for a person
+                task = self._loop.create_task(self._send_flight())
+                self._answers.add(task)
+                task.add_done_callback(self._answers.discard)
+            return
+        if isinstance(message, Flight):
+            while self._flights:
+                waiting = self._flights.popleft()
+                if not waiting.done():
+                    waiting.set_result(message)
+            return
         self._inbox.append(message)  # type: ignore[arg-type]
         self._news.set()
         if len(self._inbox) >= _INBOX_FULL:
@@ -498,6 +535,11 @@ class Session:
         if close_channels:
             self._control.close()
             self._heartbeat.close()
+            # The last words on further paths are to be read.
+            self._farewell = self._loop.create_task(self._paths.finish(self._options.linger_seconds))
+        for waiting in self._flights:
+            if not waiting.done():
+                waiting.set_exception(LinkLost(kind, self.lost.detail))
         self._news.set()
         self._ended.set()
         log_it = _log.info if self.lost.planned else _log.warning

@@ -5,7 +5,7 @@ receiver never has to guess. Texts are for people: they are made one line and cu
 
     handshake   Hello → Welcome | Refusal        first on each connection
     control     Ack, SyncProgress, VerifyResult, GuestStopped, QemuLost, Resync, DiskDigestsWanted,
-                DiskDigests, DiskLost, Yield, TookOver, Goodbye
+                DiskDigests, DiskLost, Yield, TookOver, FlightWanted, Flight, Goodbye
     heartbeat   Heartbeat, Goodbye, LinkCut
 """
 
@@ -214,6 +214,20 @@ class DiskLost(_Model):
     reason: Text
 
 
+class FlightWanted(_Model):
+    """The sender asks for the newest lines of the other side's flight recorder, for `ftd why`."""
+
+    kind: Literal["flight-wanted"] = "flight-wanted"
+
+
+class Flight(_Model):
+    """The answer: whole lines, compressed as ftd.flight.pack does it. cut: there are older ones."""
+
+    kind: Literal["flight"] = "flight"
+    lines: str = Field(max_length=700_000)
+    cut: bool = False
+
+
 class Goodbye(_Model):
     """The sender leaves as planned. Last message on control and on heartbeat."""
 
@@ -256,6 +270,8 @@ ControlMessage = (
     | DiskLost
     | Yield
     | TookOver
+    | FlightWanted
+    | Flight
     | Goodbye
 )
 HeartbeatMessage = Heartbeat | Goodbye | LinkCut

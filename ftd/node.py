@@ -44,7 +44,7 @@ from ftd.primary import Primary, start_guest
 from ftd.qemu import QemuProcess, RunFiles, is_running
 from ftd.report import Report
 from ftd.state import Move, PairState, Role
-from ftd.status import Done, Status, VerifyReport
+from ftd.status import Done, PeerFlight, Status, VerifyReport
 from ftd.tls import TlsFiles, load_identity
 
 _log = log.get(__name__)
@@ -102,6 +102,10 @@ class Node:
         if self._primary is None:
             raise FtdError(f"{self._config.node.name} is a backup; ask the primary to verify")
         return await self._primary.verify()
+
+    async def peer_flight(self) -> PeerFlight:
+        """Fetch the peer's flight recorder over the link. Raises FtdError when the peer cannot be asked."""
+        return await self._report.peer_flight()
 
     async def control(self, action: str, arguments: Mapping[str, Any]) -> Done:
         """Carry out what an operator asks for. Raises FtdError that says why not."""

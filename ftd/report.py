@@ -6,9 +6,10 @@ to the event loop's thread. Writing here does nothing but tell: no decision is t
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -19,7 +20,9 @@ from ftd.authority import Row, Standing
 from ftd.config import Config
 from ftd.config.paths import LINK_PATH
 from ftd.disksync import DiskProgress
-from ftd.flight import FlightRecorder
+from ftd.errors import FtdError, PeerError
+from ftd.flight import FlightRecorder, pack, unpack
+from ftd.messages import Flight
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
 from ftd.pacing import Account, FixedPace
 from ftd.paths import PathState
@@ -31,6 +34,7 @@ from ftd.status import (
     OutputStatus,
     PathStatus,
     PauseStatus,
+    PeerFlight,
     PeerStatus,
     QemuStatus,
     SpeculationStatus,
@@ -44,12 +48,20 @@ _log = log.get(__name__)
 
 KEPT_PAUSES = 1000
 
+# For the peer to send its flight recorder.
+FLIGHT_TIMEOUT = 5.0
+
 
 class PeerView(Protocol):
     """What is told of a session with the peer; link.Session is one."""
 
     peer_node: str
     on_path: Callable[[str, bool, str], None]
+    flight: Callable[[], Coroutine[Any, Any, Flight]] | None
+
+    async def fetch_flight(self) -> Flight:
+        """Ask the peer for its flight recorder."""
+        ...
 
     @property
     def heartbeat_age(self) -> float:
@@ -122,8 +134,33 @@ class Report:
         self._peer = peer
         self.peer_name, self.peer_connected = peer.peer_node, True
         peer.on_path = self._on_path
+        peer.flight = self._own_flight
         for path in peer.paths():
             self.metrics.set_path(path.name, path.up)
+
+    async def _own_flight(self) -> Flight:
+        lines, cut = await self.flight.tail()
+        return Flight(lines=pack(lines), cut=cut)
+
+    async def peer_flight(self) -> PeerFlight:
+        """Fetch the newest lines of the peer's flight recorder over the link.
+
+        Raises FtdError, one line, when there is no session, or no answer in time.
+        """
+        peer = self._peer
+        if peer is None:
+            raise FtdError(
+                f"no session with the peer at {self.config.link.peer} now: this node is {self.machine.state}"
+            )
+        try:
+            async with asyncio.timeout(FLIGHT_TIMEOUT):
+                flight = await peer.fetch_flight()
+        except TimeoutError:
+            raise PeerError(f"{peer.peer_node} did not send its record within {FLIGHT_TIMEOUT:g} s") from None
+        lines = unpack(flight.lines) if flight.lines else b""
+        if not lines:
+            raise PeerError(f"{peer.peer_node} cannot read its own record; its log says why")
+        return PeerFlight(node=peer.peer_node, lines=lines.decode(errors="replace"), cut=flight.cut)
 
     def session_ended(self) -> None:
         """There is no session any more."""

@@ -203,6 +203,14 @@ class Status(Model):
     warnings: list[str] = []
 
 
+class PeerFlight(Model):
+    """The newest lines of the peer's flight recorder. cut: there are older ones, which it has kept."""
+
+    node: str
+    lines: str
+    cut: bool = False
+
+
 class Failure(Model):
     """Body of every answer that is not a success."""
 
@@ -241,6 +249,10 @@ class StatusSource(Protocol):
     async def verify(self) -> VerifyReport:
         """Compare all memory with the shadow at the next epoch's end. Raises FtdError when that is impossible
         now."""
+        ...
+
+    async def peer_flight(self) -> PeerFlight:
+        """Fetch the peer's flight recorder. Raises FtdError when the peer cannot be asked."""
         ...
 
     async def control(self, action: str, arguments: Mapping[str, Any]) -> Done:

@@ -1,11 +1,16 @@
 """Heartbeats over two paths: the peer is lost when it is heard on neither; a lost link alone is no death."""
 
+import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from testbed.arbitrated import free_guests
 from testbed.guarded import assert_bare_guest_goes_on, bare_guest, metric, wait_committed
+from testbed.guest import ROOT
 from testbed.pair import Daemon, Pair
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("side")]
@@ -25,6 +30,18 @@ async def wait_path(daemon: Daemon, name: str, up: bool) -> dict[str, Any]:
         return [path["up"] for path in status["peer"]["paths"] if path["name"] == name] == [up]
 
     return await daemon.wait_status(f"path {name} {'up' if up else 'down'}", as_wanted, 30)
+
+
+async def why(daemon: Daemon) -> "subprocess.CompletedProcess[str]":
+    """Run `ftd why` on the host of a daemon."""
+    return await asyncio.to_thread(
+        subprocess.run,
+        daemon.host.command([sys.executable, "-m", "ftd", "why", daemon.config, "--last", "1000"]),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 @pytest.mark.parametrize("pair", [PATIENT], indirect=True)
@@ -69,12 +86,22 @@ async def test_one_path_down_is_no_loss_and_both_are(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pair", [HASTY], indirect=True)
 async def test_link_is_lost_and_the_primary_lives(pair: Pair) -> None:
-    """It goes on alone if it reaches the arbiter; if it does not, the backup takes over, but asks second."""
+    """It goes on alone if it reaches the arbiter; if it does not, the backup takes over, but asks second.
+
+    And `ftd why` has the other node's record fetched when there is a session, and says when there is none.
+    """
     await wait_path(pair.primary, "side", True)
     pair.b.cut_link()
     status = await pair.primary.wait_state("solo", 20)
     assert status["generation"] == 2
     assert await free_guests(pair) == ["host-a"]
+    told = await why(pair.primary)
+    assert told.returncode == 0
+    assert told.stderr.startswith("ftd: without the other node's record: ")
+    assert told.stderr.endswith(f"no session with the peer at {pair.b.link_address} now: this node is solo\n")
+    assert told.stderr.count("\n") == 1
+    assert "No takeover after host-a lost its peer" in told.stdout
+    assert "  host-b " not in told.stdout
     await pair.backup.wait_state("held", 20)
     assert "took over" not in pair.backup.logs()
     pair.b.restore_link()
@@ -91,6 +118,12 @@ async def test_link_is_lost_and_the_primary_lives(pair: Pair) -> None:
     await pair.primary.wait_status("backup", lambda now: now["role"] == "backup", 30)
     await pair.backup.wait_state("protected", 60)
     assert (await pair.backup.status())["generation"] == 3
+    for daemon in (pair.primary, pair.backup):
+        told = await why(daemon)
+        assert (told.returncode, told.stderr) == (0, "")
+        assert "host-b took over at " in told.stdout
+        assert "  host-a " in told.stdout
+        assert "  host-b " in told.stdout
 
 
 async def test_without_an_arbiter_a_primary_that_is_heard_is_not_taken_over(start_pair: StartPair) -> None:

@@ -14,6 +14,7 @@ from ftd.status import (
     EpochStatus,
     OutputStatus,
     PauseStatus,
+    PeerFlight,
     PeerStatus,
     QemuStatus,
     Status,
@@ -53,6 +54,7 @@ class FakeNode:
         self.now = status
         self.unhealthy: str | None = None
         self.verification: VerifyReport | Exception = VerifyReport(epoch=42, ok=True, pages=65536)
+        self.flight: PeerFlight | Exception = PeerFlight(node="beta", lines="")
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.begun = asyncio.Event()
         self.wait_for: asyncio.Event | None = None
@@ -70,6 +72,11 @@ class FakeNode:
         if isinstance(self.verification, Exception):
             raise self.verification
         return self.verification
+
+    async def peer_flight(self) -> PeerFlight:
+        if isinstance(self.flight, Exception):
+            raise self.flight
+        return self.flight
 
     async def control(self, action: str, arguments: Mapping[str, Any]) -> Done:
         if isinstance(self.verification, Exception):

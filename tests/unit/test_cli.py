@@ -16,7 +16,7 @@ from unit.fake_node import PROTECTED, FakeNode, serving
 
 from ftd import __version__, cli
 from ftd.errors import FtdError
-from ftd.status import Difference, Status, VerifyReport
+from ftd.status import Difference, PathStatus, PeerFlight, PeerStatus, Status, VerifyReport
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -245,6 +245,43 @@ def test_what_an_operator_asks_for(node: FakeNode, url: str, words: list[str], a
     assert [asked for asked, _ in node.asked] == [action]
     if action == "protect":
         assert (node.asked[0][1]["host"], node.asked[0][1]["port"]) == ("10.0.0.3", 7799)
+
+
+def test_status_shows_the_paths_when_there_are_several(node: FakeNode, url: str) -> None:
+    paths = [
+        PathStatus(name="link", address="10.0.0.2", up=True, heartbeat_age=0.01),
+        PathStatus(name="side", address="10.1.0.2", detail="nothing heard on it for 300 ms"),
+    ]
+    node.now = node.now.model_copy(update={"peer": PeerStatus(address="10.0.0.2", paths=paths)})
+    shown = ftd("status", "--url", url).stdout
+    assert "10.0.0.2, up" in shown
+    assert "10.1.0.2, DOWN: nothing heard on it for 300 ms" in shown
+    node.now = node.now.model_copy(update={"peer": PeerStatus(address="10.0.0.2", paths=paths[:1])})
+    assert "path" not in ftd("status", "--url", url).stdout
+
+
+def test_why_has_the_peers_record_fetched(node: FakeNode, url: str, tmp_path: Path) -> None:
+    config = tmp_path / "ftd.toml"
+    config.write_text(
+        '[node]\nname = "b"\nrole = "backup"\nstate_dir = "."\n[link]\nlisten = "10.0.0.2"\n'
+        'peer = "10.0.0.1"\ninsecure = true\n[arbiter]\naccept_split_brain = true\n'
+        f"[http]\nport = {url.rpartition(':')[2]}\n"
+    )
+    line = '{"at": 1.5, "node": "%s", "what": "session-lost", "reason": "lost by %s"}\n'
+    (tmp_path / "flight.jsonl").write_text(line % ("b", "b"))
+    node.flight = PeerFlight(node="a", lines=line % ("a", "a") + "no line\n")
+    result = ftd("why", str(config))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "lost by a" in result.stdout
+    assert "lost by b" in result.stdout
+    node.flight = FtdError("no session with the peer at 10.0.0.1 now: this node is solo")
+    result = ftd("why", str(config))
+    assert result.returncode == 0
+    assert "lost by b" in result.stdout
+    assert result.stderr == (
+        f"ftd: without the other node's record: {url}: "
+        "no session with the peer at 10.0.0.1 now: this node is solo\n"
+    )
 
 
 def test_takeover_by_hand_needs_the_word(node: FakeNode, url: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ftd import flight
-from ftd.errors import FtdError, HostError
+from ftd.errors import FtdError, HostError, PeerError
 from ftd.flight import Entry, FlightRecorder
 
 
@@ -104,6 +104,40 @@ def test_that_there_was_none_is_explained() -> None:
         "b was waiting: the primary is lost, and takeover is refused.",
     ]
     assert "neither side has lost the other" in flight.explain([Entry(1.0, "a", "state", {"to": "solo"})])
+
+
+async def test_what_the_other_node_gets_is_new_whole_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = FlightRecorder(tmp_path, "a")
+    for number in range(50):
+        recorder.note("state", number=number)
+    recorder.epoch(7, 3)
+    recorder.epoch(8, 3)  # thinned, and yet the last thing that is known
+    lines, cut = await recorder.tail()
+    assert not cut
+    entries = flight.parse(lines)
+    assert entries[-1].fields["epoch"] == 8
+    lines, cut = flight.tail(tmp_path / "flight.jsonl", limit=500)
+    assert cut
+    assert len(lines) <= 500
+    assert flight.parse(lines) == entries[-len(flight.parse(lines)) :]
+    assert flight.unpack(flight.pack(lines)) == lines
+    recorder.close()
+
+
+@pytest.mark.parametrize(
+    ("packed", "told"),
+    [
+        ("%%%", "cannot be unpacked"),
+        ("AAAA", "cannot be unpacked"),
+        (flight.pack(b"x" * (flight.TAIL_BYTES + 1)), f"more than {flight.TAIL_BYTES} bytes"),
+        (flight.pack(b"x" * 1000)[:-8], "more than|cannot be unpacked"),
+    ],
+)
+def test_what_the_other_node_sends_is_not_believed(packed: str, told: str) -> None:
+    with pytest.raises(PeerError, match=told):
+        flight.unpack(packed)
 
 
 def test_why_reads_both_nodes(tmp_path: Path) -> None:

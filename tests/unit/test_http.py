@@ -16,7 +16,7 @@ from ftd import http
 from ftd.errors import HostError, LinkError
 from ftd.metrics import Metrics
 from ftd.state import PairState
-from ftd.status import Difference, Status, SyncStatus, VerifyReport
+from ftd.status import Difference, PeerFlight, Status, SyncStatus, VerifyReport
 
 
 @pytest.fixture
@@ -154,6 +154,15 @@ async def test_verify_twice_at_once(client: TestClient, node: FakeNode) -> None:
     node.wait_for.set()
     assert (await first).status == 200
     assert (await client.post("/verify")).status == 200
+
+
+async def test_the_record_of_the_peer(client: TestClient, node: FakeNode) -> None:
+    node.flight = PeerFlight(node="beta", lines="{}", cut=True)
+    answer = await client.get("/peer-flight")
+    assert (answer.status, await answer.json()) == (200, {"node": "beta", "lines": "{}", "cut": True})
+    node.flight = LinkError("no session with the peer")
+    answer = await client.get("/peer-flight")
+    assert (answer.status, await answer.json()) == (409, {"error": "no session with the peer"})
 
 
 async def test_what_an_operator_asks_for(client: TestClient, node: FakeNode) -> None:

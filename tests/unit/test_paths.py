@@ -8,8 +8,8 @@ from uuid import uuid4
 import pytest
 
 from ftd.config.paths import LINK_PATH
-from ftd.link import LinkOptions, Listener, LostKind, connect
-from ftd.messages import HeartbeatSettings, Hello, Welcome
+from ftd.link import LinkLost, LinkOptions, Listener, LostKind, connect
+from ftd.messages import Flight, HeartbeatSettings, Hello, Welcome
 from ftd.paths import PathSettings
 
 LINK, SIDE = "127.0.0.1", "127.0.0.2"
@@ -179,3 +179,18 @@ async def test_a_link_that_is_back_within_its_patience_is_as_before():
         far._heartbeat.write, far._beats_sent = write, sent
         await until(lambda: up(near, LINK_PATH))
         assert near.lost is far.lost is None
+
+
+async def test_each_side_gives_the_other_its_flight_recorder():
+    async with pair(PATIENT) as (near, far):
+
+        async def own():
+            return Flight(lines="abc", cut=True)
+
+        far.flight = own
+        assert await near.fetch_flight() == Flight(lines="abc", cut=True)
+        asking = asyncio.ensure_future(far.fetch_flight())  # nobody answers there
+        await asyncio.sleep(0)
+        near.abort("over")
+        with pytest.raises(LinkLost):
+            await asking
