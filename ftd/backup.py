@@ -30,7 +30,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ftd
@@ -70,6 +70,7 @@ from ftd.messages import (
     Yield,
 )
 from ftd.metrics import Rejection, Trigger
+from ftd.partner import Partner
 from ftd.qemu import QemuProcess, require_patched
 from ftd.receiver import Committed, Receiver
 from ftd.report import Report
@@ -126,10 +127,19 @@ class _Loss:
 class Backup:
     """The backup's part of a node's life. Made once; `run` returns how it ended."""
 
-    def __init__(self, config: Config, report: Report, options: LinkOptions, inquiry: Inquiry) -> None:
+    def __init__(
+        self,
+        config: Config,
+        report: Report,
+        options: LinkOptions,
+        inquiry: Inquiry,
+        partner: Partner,
+    ) -> None:
         self._config = config
         self._report = report
-        self._options = options
+        # Further paths lead to the peer of the configuration.
+        self._options = replace(options, paths=()) if partner.address.chosen else options
+        self._partner = partner
         self._inquiry = inquiry
         self._authority = Authority(Standing.EMPTY, report.on_authority)
         report.set_standing(Standing.EMPTY)
@@ -175,7 +185,7 @@ class Backup:
             host=link.listen,
             port=link.port,
             heartbeat_port=link.heartbeat_port,
-            peer_name=None if link.insecure else link.expected_peer_name,
+            peer_name=None if link.insecure else self._partner.address.name,
             admit=self._admit,
             on_session=self._on_session,
             on_rejected=self._on_rejected,

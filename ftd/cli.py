@@ -483,8 +483,9 @@ _ACTIONS = (
     (
         "protect",
         "have another backup, while the guest runs",
-        "Ask the primary. It leaves its present backup and copies the guest to another, until the daemon is "
-        "started anew: change [link] peer as well.",
+        "Ask the primary. It leaves its present backup and copies the guest to another, which it remembers "
+        "in peer.json of its state_dir until [link] peer is changed, or named here. The new backup's own "
+        "[link] peer must be this host. Stop the daemon of the backup that was.",
     ),
 )
 

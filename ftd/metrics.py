@@ -58,11 +58,11 @@ ARBITER_ANSWERS: tuple[ArbiterAnswer, ...] = ("granted", "denied", "silent", "do
 
 Warning_ = Literal[
     "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale",
-    "path_down",
+    "path_down", "other_peer",
 ]  # fmt: skip
 WARNINGS: tuple[Warning_, ...] = (
     "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale",
-    "path_down",
+    "path_down", "other_peer",
 )  # fmt: skip
 
 # ---- buckets ---------------------------------------------------------------------------------------------
@@ -271,7 +271,8 @@ class Metrics:
         self.path_up = self._gauge(
             "ftd_heartbeat_path_up",
             "1 while the peer is heard on a path, 0 while it is not, or there is no peer: the link, and each "
-            "[[heartbeat.path]] by its name.",
+            "[[heartbeat.path]] by its name; NaN while `ftd protect` has another peer, to which it does not "
+            "lead.",
             path=("link",),
         )
         self.path_losses = self._counter(
@@ -418,7 +419,8 @@ class Metrics:
             "arbiter, both sides may run the guest after a network failure; insecure_link: the link is not "
             "encrypted; output_not_held: network output leaves before its epoch is committed; "
             "arbiter_unreachable: it did not answer the last question; arbiter_stale: it is older than this "
-            "node, and is not believed; path_down: nothing is heard on one of several paths.",
+            "node, and is not believed; path_down: nothing is heard on one of several paths; other_peer: "
+            "`ftd protect` chose another backup than the configuration names.",
             warning=WARNINGS,
         )
         self.loop_lag = self._gauge(
@@ -497,9 +499,9 @@ class Metrics:
             self.path_up.labels(path=name)
             self.path_losses.labels(path=name)
 
-    def set_path(self, name: str, up: bool, *, lost: bool = False) -> None:
-        """Show whether a path is up; lost: count that it went down."""
-        self.path_up.labels(path=name).set(up)
+    def set_path(self, name: str, up: bool | None, *, lost: bool = False) -> None:
+        """Show whether a path is up, None: is none with this peer; lost: count that it went down."""
+        self.path_up.labels(path=name).set(math.nan if up is None else up)
         if lost:
             self.path_losses.labels(path=name).inc()
 

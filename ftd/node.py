@@ -39,6 +39,7 @@ from ftd.link import LinkOptions
 from ftd.messages import HeartbeatSettings
 from ftd.metrics import Metrics
 from ftd.notify import Notifier
+from ftd.partner import Partner
 from ftd.paths import PathSettings
 from ftd.primary import Primary, start_guest
 from ftd.qemu import QemuProcess, RunFiles, is_running
@@ -76,6 +77,8 @@ class Node:
         self._report = Report(config, Metrics(), role)
         # It took over, and serves alone by intent until there is a backup.
         self._report.solo_intended = role != config.node.role
+        self._partner = Partner(config)
+        self._report.set_peer_address(self._partner.address.host, self._partner.in_words())
         self._inquiry = Inquiry(open_arbiter(config.arbiter), self._report, config.node.name)
         self._deposed = False
         self._arbiter = identity(config.arbiter)
@@ -208,7 +211,7 @@ class Node:
             self._report.machine.assume("primary")
 
     async def _guard(self, options: LinkOptions) -> TakenOver | GuestEnded:
-        self._backup = backup = Backup(self._config, self._report, options, self._inquiry)
+        self._backup = backup = Backup(self._config, self._report, options, self._inquiry, self._partner)
         if self._inquiry.decides:
             backup.on_generation(lambda generation: self._remember(generation, "backup"))
         self._notifier.ready("backup: waiting for a primary")
@@ -239,6 +242,7 @@ class Node:
             generation,
             standing=standing,
             inquiry=self._inquiry,
+            partner=self._partner,
             remember=self._remember,
         )
 

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import ftd
 from ftd import link, log, tap
@@ -40,6 +41,7 @@ from ftd.machine import MachineDescription, guest_disks, refuse_devices
 from ftd.marker import Marker, Worth, mark
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost
 from ftd.monitor import Event
+from ftd.partner import Partner
 from ftd.qemu import QemuProcess, RunFiles, is_running, require_patched
 from ftd.report import Report
 from ftd.state import Move, PairState
@@ -104,6 +106,7 @@ class Primary:
         *,
         standing: Standing,
         inquiry: Inquiry,
+        partner: Partner,
         remember: Callable[[int], None],
     ) -> None:
         self._config = config
@@ -114,13 +117,13 @@ class Primary:
         self._authority = Authority(standing, report.on_authority)
         report.set_standing(standing)
         self._inquiry = inquiry
+        self._partner = partner
         self._remember = remember
         self._next_epoch = 1
         self._paired_with = ""  # the backup that the arbiter has on record, in this generation
         self._stopped_guest = False  # for a switchover that is not over
         self._paused = False  # protection is not wanted
         self._nudge = asyncio.Event()  # something changed for whoever waits to look for a backup
-        self._peer: tuple[str, int] | None = None  # instead of the one in the configuration
         self._forced = False  # an operator says that the other side is dead
         self._closing: asyncio.Future[None] | None = None
         self._description: MachineDescription | None = None
@@ -226,11 +229,13 @@ class Primary:
         return "looking for the backup"
 
     def protect(self, host: str, port: int | None) -> str:
-        """Have another backup than so far, or than the one in the configuration, until the daemon ends."""
-        self._peer = (host, port or self._config.link.port)
+        """Have another backup than so far. Raises HostError if that cannot be noted."""
+        noted = self._partner.choose(host, port)
+        self._report.set_peer_address(self._partner.address.host, self._partner.in_words())
+        self._report.flight.note("peer-chosen", host=host)
         self._end_session(f"another backup is wanted: {host}")
         self.resume_protection()
-        return f"looking for the backup at {host}"
+        return f"looking for the backup at {host}: {noted}"
 
     def _end_session(self, reason: str) -> None:
         self._nudge.set()
@@ -461,14 +466,15 @@ class Primary:
             description=self._description.model_dump(mode="json"),
         )
         settings = self._config.link
-        host, port = self._peer or (settings.peer, settings.port)
+        peer = self._partner.address
         session = await link.connect(
-            self._options,
+            # Further paths lead to the peer of the configuration.
+            replace(self._options, paths=()) if peer.chosen else self._options,
             hello,
-            host=host,
-            port=port,
+            host=peer.host,
+            port=peer.port,
             heartbeat_port=settings.heartbeat_port,
-            peer_name=settings.expected_peer_name if self._peer is None else host,
+            peer_name=peer.name,
             source=settings.listen,
             on_lateness=self._report.metrics.loop_lag.set,
         )

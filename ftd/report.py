@@ -95,6 +95,8 @@ class Report:
         self.peer_connected = False
         self._peer: PeerView | None = None
         self._paths_down: dict[str, str] = {}
+        self._peer_address = config.link.peer
+        self._peer_chosen = False
         self.last_verify: VerifyReport | None = None
         self._takeover: TakeoverStatus | None = None
         self._pauses: deque[float] = deque(maxlen=KEPT_PAUSES)
@@ -150,7 +152,7 @@ class Report:
         peer = self._peer
         if peer is None:
             raise FtdError(
-                f"no session with the peer at {self.config.link.peer} now: this node is {self.machine.state}"
+                f"no session with the peer at {self._peer_address} now: this node is {self.machine.state}"
             )
         try:
             async with asyncio.timeout(FLIGHT_TIMEOUT):
@@ -162,14 +164,28 @@ class Report:
             raise PeerError(f"{peer.peer_node} cannot read its own record; its log says why")
         return PeerFlight(node=peer.peer_node, lines=lines.decode(errors="replace"), cut=flight.cut)
 
+    def set_peer_address(self, address: str, warning: str | None) -> None:
+        """Show where the peer is; warning: that it is not the one of the configuration."""
+        self._peer_address, self._peer_chosen = address, warning is not None
+        self._show_no_paths()
+        if warning is not None:
+            self.warn("other_peer", warning)
+        else:
+            self.clear_warning("other_peer")
+
     def session_ended(self) -> None:
         """There is no session any more."""
         self._peer = None
         self.peer_connected = False
-        for name in (LINK_PATH, *(path.name for path in self.config.heartbeat.path)):
-            self.metrics.set_path(name, False)
+        self._show_no_paths()
         self._paths_down.clear()
         self.clear_warning("path_down")
+
+    def _show_no_paths(self) -> None:
+        self.metrics.set_path(LINK_PATH, False)
+        for path in self.config.heartbeat.path:
+            # Towards another peer than that of the configuration there is no such path, and no alert.
+            self.metrics.set_path(path.name, None if self._peer_chosen else False)
 
     def _on_path(self, name: str, up: bool, detail: str) -> None:
         """Tell that a path went down or up, while the peer is heard on another, or on this one again."""
@@ -440,7 +456,7 @@ class Report:
     def status(self) -> Status:
         """Return a snapshot of everything."""
         peer = PeerStatus(
-            address=self.config.link.peer,
+            address=self._peer_address,
             name=self.peer_name,
             connected=self.peer_connected,
             heartbeat_age=self._heartbeat_age(),
@@ -489,8 +505,9 @@ class Report:
         )
 
     def _path_status(self) -> list[PathStatus]:
-        addresses = {LINK_PATH: self.config.link.peer}
-        addresses |= {path.name: path.peer for path in self.config.heartbeat.path}
+        addresses = {LINK_PATH: self._peer_address}
+        if not self._peer_chosen:
+            addresses |= {path.name: path.peer for path in self.config.heartbeat.path}
         known = {path.name: path for path in self._peer.paths()} if self._peer is not None else {}
         return [
             PathStatus(

@@ -13,7 +13,7 @@ from testbed.arbitrated import NIC, arbitrated, free_guests
 from testbed.etcd import Etcd
 from testbed.guarded import bare_guest, defects, wait_ready
 from testbed.guest import KVM, Guest
-from testbed.hosts import TestNetwork
+from testbed.hosts import Host, TestNetwork
 from testbed.pair import Pair
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,10 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def network(request: pytest.FixtureRequest) -> Iterator[TestNetwork]:
     """Two hosts and a client, as TestNetwork makes them; nothing of it may be left afterwards.
 
-    With an etcd, there is a third host for it; with `side`, a further path.
+    With an etcd, there is a third host for it; with `spare`, one more; with `side`, a further path.
     """
-    third = ["arbiter"] if "etcd" in request.fixturenames else []
-    with TestNetwork(["host-a", "host-b", *third], side="side" in request.fixturenames) as made:
+    more = [host for host, name in (("arbiter", "etcd"), ("host-c", "spare")) if name in request.fixturenames]
+    with TestNetwork(["host-a", "host-b", *more], side="side" in request.fixturenames) as made:
         yield made
     assert made.leftovers() == []
 
@@ -51,6 +51,12 @@ def network(request: pytest.FixtureRequest) -> Iterator[TestNetwork]:
 @pytest.fixture
 def side() -> None:
     """Heartbeats have a path of their own beside the link."""
+
+
+@pytest.fixture
+def spare(network: TestNetwork) -> Host:
+    """A host that no daemon runs on yet."""
+    return network.hosts["host-c"]
 
 
 @pytest.fixture(scope="session")

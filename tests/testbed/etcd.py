@@ -119,6 +119,14 @@ class Etcd:
                     while not await self.healthy(member):  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
 
+    async def wipe(self) -> None:
+        """Have it begin anew, with nothing in it: an arbiter that has lost its data."""
+        for member in self.members:
+            member.kill()
+            shutil.rmtree(member.folder)
+            member.start()
+        await self.wait_healthy()
+
     async def healthy(self, member: Member) -> bool:
         """Whether a member answers."""
         try:

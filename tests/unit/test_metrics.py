@@ -75,7 +75,7 @@ ftd_takeover_seconds gauge phase=detection|activation|total
 ftd_takeovers_refused_total counter
 ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced|link-cut
 ftd_verify_differing_pages_total counter
-ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|arbiter_unreachable|arbiter_stale|path_down
+ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|arbiter_unreachable|arbiter_stale|path_down|other_peer
 """  # noqa: E501
 
 
