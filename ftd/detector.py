@@ -3,7 +3,7 @@
 The sum behind the time limit:
 
     interval × misses                       silence that is accepted        (50 ms × 6 = 300 ms)
-    + the time until the next tick          at most interval / 2            (25 ms)
+    + the time until the next tick          none, if that is put forward to `deadline_ns`
     + the peer's last heartbeat's age when the peer died: between 0 and one interval *earlier*, so it is no
     extra
 
@@ -31,8 +31,8 @@ class Verdict(StrEnum):
 
 
 class HeartbeatDetector:
-    """Fed with `heard` for every heartbeat and `tick` every `period_ns`; all times are monotonic
-    nanoseconds.
+    """Fed with `heard` for every heartbeat and `tick` every `period_ns`, or more often; all times are
+    monotonic nanoseconds.
     """
 
     def __init__(self, interval_ns: int, misses: int, now_ns: int) -> None:

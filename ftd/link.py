@@ -359,11 +359,27 @@ class Session:
         if self.lost is not None:
             return
         now = self._clock()
+        going_on = self._look(now)
+        if self._on_lateness is not None:
+            self._on_lateness(self._detector.lateness_ns / 1e9)
+        if not going_on:
+            return
+        if self._beat_due:
+            self._beat(now)
+        self._beat_due = not self._beat_due
+        if self.lost is None:
+            self._tick_at = max(self._tick_at + self._period, self._loop.time())
+            self._timers[0] = self._loop.call_at(self._tick_at, self._tick)
+
+    def _look_at_deadline(self) -> None:
+        if self.lost is None:
+            self._look(self._clock())
+
+    def _look(self, now: int) -> bool:
+        """Ask the detectors. Returns whether the session goes on, or has been ended."""
         self._hear_progress()
         before = self._detector.verdict
         verdict = self._detector.tick(now)
-        if self._on_lateness is not None:
-            self._on_lateness(self._detector.lateness_ns / 1e9)
         if verdict is Verdict.SILENT:
             age = (now - self._detector.last_heard_ns) / 1e6
             self._end(
@@ -371,21 +387,21 @@ class Session:
                 f"nothing heard from {self.peer} for {age:.0f} ms (limit {self.heartbeat.limit_ms} ms)",
                 "heartbeat",
             )
-            return
+            return False
         self._paths.tick(now)
         down = self._paths.link_down(now)
         if down is not None and down >= self._options.patience_seconds:
             self._end_cut(f"nothing heard on the link for {down + self.heartbeat.limit_ms / 1000:.1f} s")
-            return
+            return False
         if verdict is Verdict.SUSPECT and before is Verdict.ALIVE:
             self.heartbeats_missed += 1
             _log.debug("heartbeat missing", peer=self.peer)
-        if self._beat_due:
-            self._beat(now)
-        self._beat_due = not self._beat_due
-        if self.lost is None:
-            self._tick_at = max(self._tick_at + self._period, self._loop.time())
-            self._timers[0] = self._loop.call_at(self._tick_at, self._tick)
+        # Not half an interval later, at the next tick. A look that was too late has to wait for that all the
+        # same: there is no time left then.
+        left = self._detector.deadline_ns() - now
+        if 0 < left < self._detector.period_ns:
+            self._loop.call_later(left / 1e9, self._look_at_deadline)
+        return True
 
     def _beat(self, now: int) -> None:
         self._paths.beat(self._own_state, self._own_epoch)

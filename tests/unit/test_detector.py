@@ -111,6 +111,21 @@ def test_deadline_says_when():
     assert watched.deadline_ns() == (2_040 + 300 - PERIOD) * MS  # only one period of the gap counted
 
 
+def test_a_tick_at_the_deadline_says_it_and_one_before_does_not():
+    for at, verdict in ((309, SUSPECT), (310, SILENT)):
+        watched = detector()
+        play([("heard", 10), *ticks(PERIOD, 300)], watched=watched)
+        assert watched.deadline_ns() == 310 * MS
+        assert watched.tick(at * MS) is verdict
+
+
+def test_a_late_tick_leaves_no_deadline_but_the_next_tick():
+    watched = detector()
+    play([("tick", at) for at in range(PERIOD, 276, PERIOD)], watched=watched)
+    assert watched.tick(360 * MS) is SUSPECT
+    assert watched.deadline_ns() == 360 * MS
+
+
 def test_a_clock_that_stands_still_or_goes_back_harms_nothing():
     watched = detector(now=100)
     assert play([("tick", 100), ("tick", 100), ("tick", 50), ("heard", 60)], watched=watched)[-1] is ALIVE
