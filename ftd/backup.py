@@ -57,6 +57,7 @@ from ftd.marker import Marker, Worth, mark
 from ftd.messages import (
     DiskDigestsWanted,
     DiskLost,
+    DiskVerifyResult,
     Goodbye,
     GuestStopped,
     HeartbeatSettings,
@@ -374,7 +375,7 @@ class Backup:
             copies=copies,
             replicate=self._config.disks.apply,
         )
-        messages = asyncio.ensure_future(self._listen(session, receiver))
+        messages = asyncio.ensure_future(self._listen(session, receiver, shadow))
         keeper = asyncio.ensure_future(self._keep_disks(copies, copied, generation, on_failed))
         lost = asyncio.ensure_future(session.wait_lost())
         try:
@@ -500,7 +501,7 @@ class Backup:
                 return
 
     async def _listen(
-        self, session: Session, receiver: Receiver
+        self, session: Session, receiver: Receiver, shadow: Shadow
     ) -> GuestStopped | QemuLost | Yield | Goodbye | None:
         """Return the message of the primary that ends this session, or None if it ended without one."""
         try:
@@ -510,6 +511,8 @@ class Backup:
                     return message
                 if isinstance(message, DiskDigestsWanted):
                     receiver.ask(message)
+                elif isinstance(message, DiskVerifyResult):
+                    self._on_disks_verified(message, shadow)
         except LinkLost:
             return None
 
@@ -554,7 +557,19 @@ class Backup:
                 page=difference.page,
             )
 
-    async def _make_durable(self) -> None:
+    def _on_disks_verified(self, result: DiskVerifyResult, shadow: Shadow) -> None:
+        self._report.verified_disks(result)
+        if not result.ok:
+            first = result.differences[0] if result.differences else None
+            where = f", first block {first.block} of disk {first.disk}" if first else ""
+            shadow.poison(
+                f"after epoch {result.epoch} its disks differ from the guest's in {result.differing} "
+                f"blocks{where}"
+            )
+
+    async def _make_durable(self) -> bool:
+        """Make the disks here survive a power loss. Returns whether that was possible."""
+
         def sync() -> None:
             for marker in self._markers:
                 image = Image(marker.image.name, marker.image)
@@ -567,6 +582,8 @@ class Backup:
             await asyncio.to_thread(sync)
         except HostError as error:
             _log.error("the disks are not durable yet", reason=friendly(error))
+            return False
+        return True
 
     # ---- takeover -----------------------------------------------------------------------------------------
 
@@ -714,10 +731,10 @@ class Backup:
             loss.trigger, epoch, detection=detection, activation=activation, total=detection + activation
         )
         report.machine.move(PairState.TAKEN_OVER, f"{loss.trigger}: {loss.detail}")
-        if self._markers:
-            # It runs already, and these only matter after the next failure.
+        # It runs already, and these only matter after the next failure. In this order: from a disk that is
+        # marked so, a guest is started.
+        if self._markers and await self._make_durable():
             await self._mark(Worth.ALONE, generation + 1)
-            await self._make_durable()
         _log.warning(
             "took over",
             epoch=epoch,

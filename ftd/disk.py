@@ -124,18 +124,24 @@ class Image:
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             if writable:
                 _refuse_if_used(self._fd, self._what)
-                for byte in (_WRITES, _SHARES_NO_WRITES):
-                    lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
-                    fcntl.fcntl(self._fd, _OFD_SETLK, lock)
+                self._lock(fcntl.F_RDLCK)
         except BaseException:
             os.close(self._fd)
             raise
 
+    def _lock(self, kind: int) -> None:
+        for byte in (_WRITES, _SHARES_NO_WRITES):
+            fcntl.fcntl(self._fd, _OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
     def close(self) -> None:
         """Close it, and give up the locks. At the second call, nothing."""
+        if self._fd < 0:
+            return
+        # Closing alone does not, as long as another thread is within a call, `sync` say: a shadow did not
+        # start, since its QEMU could not have the locks.
+        self._lock(fcntl.F_UNLCK)
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, without leaving them in the page cache if that is possible."""
@@ -153,6 +159,10 @@ class Image:
                 f"{self._what}: reading at {offset}: {friendly(OSError(error.errno, ''))}"
             ) from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Say whether a range is nothing but a hole, which reads as zeros; False if that is not known."""
+        return self._next_data(offset, min(offset + length, self.size))[0] >= min(offset + length, self.size)
 
     def digests(self, offset: int, length: int, piece: int, seed: int) -> list[bytes]:
         """Return the XXH3-128 of each piece of `piece` bytes of a range; the last piece may be shorter."""

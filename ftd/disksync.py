@@ -37,6 +37,7 @@ from ftd.journal import Request, RequestKind, encode_chunks
 from ftd.messages import DiskDigests, DiskDigestsWanted
 
 Piece = Literal[4096, 1048576]
+Ask = Callable[[DiskDigestsWanted], Awaitable[None]]
 
 STEP = 16 * CHUNK
 """Bytes of a disk that are compared at once: a guest that fills its journal meanwhile has to wait."""
@@ -55,10 +56,57 @@ class DiskProgress:
     sent: int
 
 
+class Questions:
+    """Questions to the backup about its disks, and what became of them. Made and used in the event loop.
+
+    send(message) sends a control message.
+    """
+
+    def __init__(self, send: Ask) -> None:
+        self._send = send
+        self._seed = secrets.randbits(63)
+        self._number = 0
+        self._waiting: dict[int, asyncio.Future[tuple[int, list[bytes]]]] = {}
+
+    @property
+    def seed(self) -> int:
+        """Of the digests: both sides need the same, and a guest must not know it."""
+        return self._seed
+
+    async def ask(self, disk: int, offsets: list[int], length: int, piece: Piece) -> tuple[int, list[bytes]]:
+        """Return the digests of pieces of the backup's disk, and after which epoch they are true.
+
+        `length` bytes at each of the offsets, or less at the end of the disk. The epoch is 0 during a copy.
+        """
+        self._number += 1
+        number = self._number
+        answer: asyncio.Future[tuple[int, list[bytes]]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        await self._send(
+            DiskDigestsWanted(
+                number=number, disk=disk, offsets=offsets, length=length, piece=piece, seed=self._seed
+            )
+        )
+        return await answer
+
+    def on_digests(self, message: DiskDigests) -> None:
+        """Take an answer of the backup. Raises LinkError if it answers nothing that was asked."""
+        waiting = self._waiting.pop(message.number, None)
+        if waiting is None:
+            raise LinkError(f"the backup sent digests of a disk that nobody asked for ({message.number})")
+        try:
+            data = base64.b64decode(message.digests, validate=True)
+        except binascii.Error:
+            raise LinkError("the backup sent digests of a disk that are not base64") from None
+        if not waiting.done():
+            digests = [data[at : at + DIGEST_SIZE] for at in range(0, len(data), DIGEST_SIZE)]
+            waiting.set_result((message.epoch, digests))
+
+
 class DiskCopy:
     """Copies `images`, in the order of the disks' numbers, to the backup. Made and used in the event loop.
 
-    ask(message) sends a control message; send(bytes) sends on the frames connection and returns when that is
+    questions are put to the backup; send(bytes) sends on the frames connection and returns when that is
     done; close_journal() has QEMU close its journal and sends that; wait_for_pressure(seconds) waits, and
     says whether the journal is nearly full.
     """
@@ -69,7 +117,7 @@ class DiskCopy:
         generation: int,
         *,
         bytes_per_second: int,
-        ask: Callable[[DiskDigestsWanted], Awaitable[None]],
+        questions: Questions,
         send: Callable[[bytes], Awaitable[None]],
         close_journal: Callable[[], Awaitable[None]],
         wait_for_pressure: Callable[[float], Awaitable[bool]],
@@ -78,14 +126,12 @@ class DiskCopy:
         self._images = images
         self._generation = generation
         self._rate = bytes_per_second
-        self._ask_backup = ask
+        self._questions = questions
+        self._seed = questions.seed
         self._send = send
         self._close_journal = close_journal
         self._wait_for_pressure = wait_for_pressure
         self._on_progress = on_progress
-        self._seed = secrets.randbits(63)
-        self._number = 0
-        self._answers: dict[int, asyncio.Future[list[bytes]]] = {}
         self._compared = self._sent = 0
         self._closed = 0.0  # when the journal was
         self._total = sum(image.size for image in images)
@@ -100,23 +146,11 @@ class DiskCopy:
                 self._compared += length
                 self._tell()
 
-    def on_digests(self, message: DiskDigests) -> None:
-        """Take an answer of the backup. Raises LinkError if it answers nothing that was asked."""
-        answer = self._answers.pop(message.number, None)
-        if answer is None:
-            raise LinkError(f"the backup sent digests of a disk that nobody asked for ({message.number})")
-        try:
-            data = base64.b64decode(message.digests, validate=True)
-        except binascii.Error:
-            raise LinkError("the backup sent digests of a disk that are not base64") from None
-        if not answer.done():
-            answer.set_result([data[at : at + DIGEST_SIZE] for at in range(0, len(data), DIGEST_SIZE)])
-
     def _tell(self) -> None:
         self._on_progress(DiskProgress(self._total, self._compared, self._sent))
 
     async def _step(self, number: int, image: Image, start: int, length: int) -> None:
-        theirs = await self._ask(number, [start], length, CHUNK)
+        _, theirs = await self._questions.ask(number, [start], length, CHUNK)
         mine = await asyncio.to_thread(image.digests, start, length, CHUNK, self._seed)
         if len(theirs) != len(mine):
             raise LinkError(
@@ -132,7 +166,7 @@ class DiskCopy:
         fine: dict[int, list[bytes]] = {offset: [] for offset in empty}
         asked = [offset for offset in differing if offset not in empty]
         if asked:
-            digests = await self._ask(number, asked, CHUNK, BLOCK)
+            _, digests = await self._questions.ask(number, asked, CHUNK, BLOCK)
             at = 0
             for offset in asked:
                 count = -(-min(CHUNK, image.size - offset) // BLOCK)
@@ -178,17 +212,6 @@ class DiskCopy:
             requests += _requests(number, offset, content, differs, skip_zeros=not theirs)
         return requests
 
-    async def _ask(self, disk: int, offsets: list[int], length: int, piece: Piece) -> list[bytes]:
-        self._number += 1
-        answer: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
-        self._answers[self._number] = answer
-        await self._ask_backup(
-            DiskDigestsWanted(
-                number=self._number, disk=disk, offsets=offsets, length=length, piece=piece, seed=self._seed
-            )
-        )
-        return await answer
-
 
 def _requests(
     disk: int, offset: int, content: memoryview, differs: npt.NDArray[np.bool_], *, skip_zeros: bool
@@ -226,8 +249,11 @@ def _used_blocks(content: memoryview) -> npt.NDArray[np.bool_]:
     return np.asarray(data.view(np.uint64).reshape(-1, BLOCK // 8).any(axis=1), dtype=np.bool_)
 
 
-def answer(wanted: DiskDigestsWanted, images: Sequence[Image]) -> DiskDigests:
-    """Return the backup's answer; in a thread. Raises FtdError for a question that cannot be answered."""
+def answer(wanted: DiskDigestsWanted, images: Sequence[Image], epoch: int) -> DiskDigests:
+    """Return the backup's answer; in a thread. epoch: the last one that was applied, or 0.
+
+    Raises FtdError for a question that cannot be answered.
+    """
     if wanted.disk >= len(images):
         raise FtdError(f"the primary asks for disk {wanted.disk}, there are {len(images)}")
     image = images[wanted.disk]
@@ -236,4 +262,4 @@ def answer(wanted: DiskDigestsWanted, images: Sequence[Image]) -> DiskDigests:
         for offset in wanted.offsets
         if offset < image.size
     )
-    return DiskDigests(number=wanted.number, digests=base64.b64encode(digests).decode())
+    return DiskDigests(number=wanted.number, epoch=epoch, digests=base64.b64encode(digests).decode())

@@ -27,16 +27,17 @@ from typing import Any, Protocol
 from ftd import log
 from ftd.config import Config
 from ftd.disk import Image
-from ftd.disksync import DiskCopy
+from ftd.disksync import CLOSE_SECONDS, DiskCopy, Questions
+from ftd.diskverify import DiskChecks
 from ftd.errors import FtdError, HostError, LinkError, QemuDied, QemuError
 from ftd.frame import U64Array, listed_pages
 from ftd.link import Session
 from ftd.machine import guest_disks
-from ftd.marker import Marker, Worth, mark
 from ftd.messages import (
     Ack,
     DiskDigests,
     DiskLost,
+    DiskVerifyResult,
     GuestStopped,
     QemuLost,
     Resync,
@@ -48,7 +49,7 @@ from ftd.messages import (
 from ftd.metrics import PAUSE_PARTS
 from ftd.monitor import Event, Monitor
 from ftd.pacing import AutoPace, FixedPace, Limits
-from ftd.report import Report
+from ftd.report import Report, with_disks
 from ftd.sender import Sender
 from ftd.speculation import MOMENT, Round, Speculation, count_again
 from ftd.staging import Slot, Staging, slot_size
@@ -84,6 +85,12 @@ PRESSURE = 0.75
 
 class Fence(Protocol):
     """What the primary says about authority; the rules are in ftd/authority.py."""
+
+    async def before_first_commit(self) -> None:
+        """The backup may take over once a frame is on its way: return when that is noted for the disks.
+
+        Raises HostError if it cannot be noted.
+        """
 
     def on_first_commit(self) -> None:
         """The backup holds the guest: from now on this side may be deposed."""
@@ -179,6 +186,8 @@ class Protection:
         self._in_flight: dict[int, _InFlight] = {}
         self._changed = asyncio.Event()  # an ack came, or a slot was sent, or there is pressure
         self._pressed = -1  # what QEMU called the epoch in which it asked for a checkpoint
+        # Requests that cannot wait any more, once the guest is paused, may be too many for one slot.
+        self._journal_full = False
         self._abandoned: str | None = None
         self._qemu_died = False
         # Set once the first frame is committed: from then on output is this session's to release.
@@ -190,7 +199,9 @@ class Protection:
         # Whether the guest stands still since it was to be handed over, and ran before.
         self.stopped_guest = False
         self._images: list[Image] = []
-        self._disk_copy: DiskCopy | None = None
+        self._questions = Questions(session.send)
+        self._disk_checks: DiskChecks | None = None
+        self._group: asyncio.TaskGroup | None = None
         self._verify_next = False
         self._verifying: dict[int, asyncio.Future[VerifyReport]] = {}
 
@@ -213,11 +224,12 @@ class Protection:
         subscriptions = [
             self._monitor.on("X_FT_DIRTY_PRESSURE", self._on_pressure),
             self._monitor.on("X_FT_OUTPUT_FULL", self._on_pressure),
-            self._monitor.on("X_FT_JOURNAL_FULL", self._on_pressure),
+            self._monitor.on("X_FT_JOURNAL_FULL", self._on_journal_full),
             self._monitor.on("X_FT_ABANDONED", self._on_abandoned),
         ]
         try:
             async with asyncio.TaskGroup() as group:
+                self._group = group
                 group.create_task(self._listen())
                 group.create_task(self._protect())
         except* (FtdError, OSError) as failures:
@@ -230,30 +242,29 @@ class Protection:
             await self._clean_up()
 
     async def verify(self) -> VerifyReport:
-        """Have the memory on both sides compared at the end of this epoch.
+        """Have the memory on both sides compared at the end of this epoch, and then the disks.
 
-        Raises LinkLost or ProtectionLost if protection ends first.
+        Raises LinkLost or ProtectionLost if protection ends first, HostError if a disk cannot be read.
         """
         self._verify_next = True
         result: asyncio.Future[VerifyReport] = asyncio.get_running_loop().create_future()
         self._verifying.setdefault(-1, result)
-        return await asyncio.shield(self._verifying[-1])
+        report = await asyncio.shield(self._verifying[-1])
+        if self._disk_checks is None or not report.ok:
+            return report
+        return with_disks(report, await self._disk_checks.whole())
 
     # ---- the copy -----------------------------------------------------------------------------------------
 
     async def _protect(self) -> None:
         await self._begin()
         await self._copy_disks()
+        noted = asyncio.ensure_future(self._note_disks())
+        noted.add_done_callback(_forget)
         await self._copy()
+        await self._wait_noted(noted)
+        await self._wait_for(self._has_room)
         first = self._epoch
-        if self._images:
-            # From the first commit on the backup may take over, whatever this host comes to know of it.
-            markers = [Marker(image.path, self._config.node.state_folder) for image in self._images]
-            note = (Worth.REPLICATED, self._generation, self._config.node.name)
-            try:
-                await asyncio.to_thread(mark, markers, *note)
-            except HostError as error:
-                raise _no_disks(error) from None
         began, _ = await self._checkpoint()
         await self._wait_for(lambda: first not in self._in_flight)
         self._report.end_sync()
@@ -304,7 +315,7 @@ class Protection:
         self._report.begin_sync()
         info = await self._monitor.execute("query-x-ft")
         memory = sum(block["max-length"] for block in info["blocks"])
-        disks = await guest_disks(self._monitor)
+        disks = await guest_disks(self._monitor) if config.disks.replicate else []
         try:
             for disk in disks:
                 self._images.append(Image(disk.name, disk.path))
@@ -327,7 +338,7 @@ class Protection:
             pressure_pages=int(pages * PRESSURE),
             output_limit=config.output.limit_mib << 20 if config.output.hold else 0,
             release_fd="ftd-release",
-            disks=[disk.node_name for disk in disks],
+            **({"disks": [disk.node_name for disk in disks]} if config.disks.replicate else {}),
             journal_limit=journal,
             **({} if config.epoch.tracker == "auto" else {"tracker": config.epoch.tracker}),
         )
@@ -338,29 +349,84 @@ class Protection:
         self._report.pace(self._pace)
         self._report.speculation(self._speculation)
 
+    def _watch_disks(self) -> None:
+        """From now on, compare the disks whenever that is wanted."""
+        assert self._group is not None
+        self._disk_checks = DiskChecks(
+            self._images,
+            self._questions,
+            epoch=lambda: self._epoch,
+            wait_committed=self._wait_committed,
+            remember=self._config.epoch.verify_every > 0,
+            on_result=self._on_disks_compared,
+        )
+        self._group.create_task(self._check_disks(self._disk_checks))
+
+    async def _check_disks(self, checks: DiskChecks) -> None:
+        try:
+            await checks.run()
+        except LinkLost:
+            raise
+        except LinkError as error:
+            raise _no_disks(error) from None
+
+    async def _wait_committed(self, epoch: int) -> None:
+        await self._wait_for(lambda: self._epoch > epoch and min(self._in_flight, default=epoch + 1) > epoch)
+
+    async def _on_disks_compared(self, found: DiskVerifyResult) -> None:
+        """Tell everybody. Raises ProtectionLost when the disks differ: a new copy mends them."""
+        self._report.verified_disks(found)
+        await self._session.send(found)
+        if found.differing:
+            first = found.differences[0]
+            raise ProtectionLost(
+                f"the backup's disks differ from the guest's in {found.differing} blocks after epoch "
+                f"{found.epoch}, first block {first.block} of disk {first.disk}",
+                resync=True,
+                aborted="invalid",
+            )
+
     async def _copy_disks(self) -> None:
         """Have the backup's disks made equal; what the guest writes from now on comes in journals."""
         if not self._images:
             return
         assert self._sender is not None
-        self._disk_copy = DiskCopy(
+        copy = DiskCopy(
             self._images,
             self._generation,
             bytes_per_second=self._config.disks.sync_mib_per_s << 20,
-            ask=self._session.send,
+            questions=self._questions,
             send=self._sender.send_message,
             close_journal=self._close_journal,
             wait_for_pressure=self._wait_for_pressure,
             on_progress=self._report.disk_sync,
         )
         try:
-            await self._disk_copy.run()
+            await copy.run()
         except LinkLost:
             raise
         except (HostError, LinkError) as error:
             raise _no_disks(error) from None
-        finally:
-            self._disk_copy = None
+
+    async def _note_disks(self) -> None:
+        """Have it noted that the backup may take over with the disks that it has. Raises ProtectionLost."""
+        if self._images:
+            try:
+                await self._fence.before_first_commit()
+            except HostError as error:
+                raise _no_disks(error) from None
+
+    async def _wait_noted(self, noted: asyncio.Future[None]) -> None:
+        """Return when it is noted.
+
+        The host's disk may take its time, and the guest's journal would be full meanwhile. Then the guest has
+        to wait, and the first frame is one of two parts, with the guest paused in between.
+        """
+        while not noted.done():
+            await asyncio.wait({noted}, timeout=CLOSE_SECONDS)
+            if not noted.done():
+                await self._close_journal()
+        noted.result()
 
     async def _close_journal(self) -> None:
         """Send what the guest has written to its disks, and nothing of its memory."""
@@ -452,7 +518,8 @@ class Protection:
         A frame that needs several slots needs all of them at once: the guest stands still until it has them.
         """
         assert self._staging is not None
-        if self._staging.free < min(self._last_parts, len(self._staging.slots)):
+        parts = max(self._last_parts, 2 if self._journal_full else 1)
+        if self._staging.free < min(parts, len(self._staging.slots)):
             return False
         # What was sent early is a part of that frame, and nothing that it could wait for.
         if not self._in_flight:
@@ -491,6 +558,8 @@ class Protection:
         Returns when the guest ran again, and for how long it was paused, in seconds.
         """
         epoch = self._epoch
+        if self._images and self.committed and self._disk_checks is None:
+            self._watch_disks()
         every = self._config.epoch.verify_every
         digest = self._verify_next or bool(every and epoch % every == 0)
         size = pages = parts = requests = journal = 0
@@ -498,6 +567,7 @@ class Protection:
         listed: list[U64Array] = []
         pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 0)
         self._pressed = -1
+        self._journal_full = False
         asked = None
         while True:
             slot = await self._free_slot()
@@ -511,6 +581,8 @@ class Protection:
             parts += 1
             if early is not None:
                 listed.append(listed_pages(slot.view))
+            if part["journal-requests"] and self._disk_checks is not None:
+                self._disk_checks.on_slot(epoch, slot.view)
             requests += part["journal-requests"]
             journal += part["journal-bytes"]
             for name in pause:
@@ -535,6 +607,8 @@ class Protection:
         if digest and self._verify_next:
             self._verify_next = False
             self._verifying[epoch] = self._verifying.pop(-1)
+        elif digest and self._disk_checks is not None:
+            self._disk_checks.changed()
         self._epoch = epoch + 1
         self._report.begin_epoch(self._epoch)
         self._session.set_beat(self._report.machine.state.value, self._report.committed)
@@ -589,6 +663,10 @@ class Protection:
         self._pressed = int(event.get("data", {}).get("epoch", self._epoch))
         self._changed.set()
 
+    def _on_journal_full(self, event: Event) -> None:
+        self._journal_full = True
+        self._on_pressure(event)
+
     @property
     def _pressure(self) -> bool:
         """Whether QEMU wants the running epoch closed, and not the one before, whose event came late.
@@ -610,9 +688,9 @@ class Protection:
                     self._on_verified(message)
                 case SyncProgress():
                     pass
-                case DiskDigests() if self._disk_copy is not None:
+                case DiskDigests():
                     try:
-                        self._disk_copy.on_digests(message)
+                        self._questions.on_digests(message)
                     except LinkError as error:
                         raise _no_disks(error) from None
                 case DiskLost(reason=reason):
@@ -712,10 +790,13 @@ class Protection:
     # ---- the end ------------------------------------------------------------------------------------------
 
     async def _clean_up(self) -> None:
+        ended = ProtectionLost("protection ended first", resync=False, aborted="link")
         for result in self._verifying.values():
             if not result.done():
-                result.set_exception(ProtectionLost("protection ended first", resync=False, aborted="link"))
+                result.set_exception(ended)
                 result.exception()  # somebody may have stopped waiting
+        if self._disk_checks is not None:
+            self._disk_checks.close(ended)
         self._over = True
         self._report.set_in_flight(0)
         if self._qemu_died:
@@ -741,6 +822,12 @@ class Protection:
 def _no_disks(error: FtdError) -> ProtectionLost:
     """Return that a disk cannot be replicated: to begin anew at once would not help."""
     return ProtectionLost(f"a disk cannot be replicated: {error}", resync=False, aborted="invalid")
+
+
+def _forget(task: asyncio.Future[None]) -> None:
+    """Take note of a task's failure, which may not be what ended protection."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

@@ -489,6 +489,13 @@ def listed_pages(slot: Bytes) -> U64Array:
     ).astype(np.uint64, copy=False)
 
 
+def journal_in(slot: Bytes) -> Journal:
+    """Return the journal in a slot; views into it. Raises FrameError if the slot's header is wrong."""
+    section = parse_header(slot, limit=1 << 62).section("journal")
+    view = memoryview(slot).cast("B")
+    return Journal(view[section.offset : section.offset + section.size], section.count)
+
+
 def _round_up(value: int, to: int) -> int:
     return -(-value // to) * to
 

@@ -110,6 +110,34 @@ class Journal:
                 f"the size of disk {int(disk[first])}"
             )
 
+    def within(self, disk: int, offset: int, length: int) -> list[Request]:
+        """Return the requests that write to a piece of a disk, in order; views, as those of iteration."""
+        records = self._records
+        begin, size = records["offset"], records["length"]
+        hit = (records["disk"] == disk) & (begin < offset + length) & (begin + size > offset) & (size > 0)
+        at = np.flatnonzero(hit)
+        if not at.size:
+            return []
+        is_data = records["kind"] == RequestKind.DATA
+        ends = np.cumsum(np.where(is_data, size, 0))
+        found = []
+        for number in at.tolist():
+            kind, count = RequestKind(int(records["kind"][number])), int(size[number])
+            end = int(ends[number])
+            data = self._data[end - count : end] if kind is RequestKind.DATA else self._data[:0]
+            found.append(Request(disk, kind, int(begin[number]), count, data))
+        return found
+
+    def places(self, disk: int, piece: int) -> set[int]:
+        """Return the numbers of the pieces of `piece` bytes of a disk that are written to."""
+        records = self._records[(self._records["disk"] == disk) & (self._records["length"] > 0)]
+        first = records["offset"] // piece
+        last = (records["offset"] + records["length"] - 1) // piece
+        found = {*np.unique(first).tolist(), *np.unique(last).tolist()}
+        for at in np.flatnonzero(last > first + 1).tolist():
+            found.update(range(int(first[at]), int(last[at])))
+        return found
+
     def __iter__(self) -> Iterator[Request]:
         at = 0
         for offset, length, disk, kind, _ in self._records.tolist():

@@ -7,6 +7,9 @@
     syncing     the target of a copy that is not complete                      never
     copy        the disk of a committed epoch on a backup                      only by taking over
 
+An arbiter settles the second row: a node that was the owner in its record, in that generation or a later one,
+and wins the next, knows that nobody took over, and that its disk has all that was acknowledged.
+
 A disk that is not to be started from comes back as the target of a new copy: as the backup of the host that
 runs the guest. Without a marker an image is what its operator says it is.
 
@@ -16,7 +19,9 @@ survive. It is written before what it warns of can happen, and taken back after 
 
 from __future__ import annotations
 
+import asyncio
 import stat
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -77,10 +82,15 @@ class Marker:
         """Replace the marker, and return when it would survive a power loss."""
         replace(self.path, note)
 
-    def refusal_to_start(self) -> str | None:
-        """Return why no guest may be started from the image, or None if one may."""
+    def refusal_to_start(self, settled: int = -1) -> str | None:
+        """Return why no guest may be started from the image, or None if one may.
+
+        settled: up to this generation it is known that no backup has taken over from this node.
+        """
         note = self.read()
         if note is None or note.worth is Worth.ALONE:
+            return None
+        if note.worth is Worth.REPLICATED and note.generation <= settled:
             return None
         why = {
             Worth.REPLICATED: "it had a backup, which may have taken over",
@@ -101,6 +111,45 @@ class Marker:
             f"disk {self.image}: is newer (generation {note.generation}) than the peer's (generation "
             f"{generation}), and would be overwritten; if that is meant, remove {self.path}"
         )
+
+
+class Markers:
+    """The markers of all disks of a guest. For the event loop: what is asked for is written in that order.
+
+    Writing waits for the host's disk, so it goes on in a thread.
+    """
+
+    def __init__(self, markers: Sequence[Marker], node: str) -> None:
+        self._markers = list(markers)
+        self._node = node
+        self._lock = asyncio.Lock()  # whoever waits for it first has it first
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def start(self, worth: Worth, generation: int) -> asyncio.Task[None]:
+        """Begin to write the same to all markers; the task raises HostError, and may not be cancelled."""
+        task = asyncio.create_task(self._write(worth, generation))
+        self._under_way.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    async def write(self, worth: Worth, generation: int) -> None:
+        """Return when all markers say it, and would after a power loss. Raises HostError."""
+        await asyncio.shield(self.start(worth, generation))
+
+    async def settle(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # somebody may have stopped waiting
+
+    async def _write(self, worth: Worth, generation: int) -> None:
+        async with self._lock:
+            if self._markers:
+                await asyncio.to_thread(mark, self._markers, worth, generation, self._node)
 
 
 def mark(markers: list[Marker], worth: Worth, generation: int, node: str) -> None:

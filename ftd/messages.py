@@ -147,6 +147,27 @@ class VerifyResult(_Model):
     differences: list[Difference] = Field(default=[], max_length=MAX_DIFFERENCES)
 
 
+class DiskDifference(_Model):
+    """A block of 4096 bytes of the backup's disk that is not what the primary's is."""
+
+    disk: Name
+    block: Number
+
+
+class DiskVerifyResult(_Model):
+    """From the primary: outcome of comparing disks, or pieces of them; `differences` lists the first ones.
+
+    epoch: the disks were compared as of epochs up to this one.
+    """
+
+    kind: Literal["disk-verify-result"] = "disk-verify-result"
+    epoch: Number
+    ok: bool
+    blocks: Number
+    differing: Number = 0
+    differences: list[DiskDifference] = Field(default=[], max_length=MAX_DIFFERENCES)
+
+
 class GuestStopped(_Model):
     """The guest ended by itself: not a failure, nobody takes over."""
 
@@ -200,10 +221,14 @@ class DiskDigestsWanted(_Model):
 
 
 class DiskDigests(_Model):
-    """The backup's answer: one digest of 16 bytes for each piece, in base64."""
+    """The backup's answer: one digest of 16 bytes for each piece, in base64.
+
+    epoch: the one whose disk this is; 0 if it is not complete yet.
+    """
 
     kind: Literal["disk-digests"] = "disk-digests"
     number: Number
+    epoch: Number = 0
     digests: str = Field(max_length=500_000)
 
 
@@ -262,6 +287,7 @@ ControlMessage = (
     Ack
     | SyncProgress
     | VerifyResult
+    | DiskVerifyResult
     | GuestStopped
     | QemuLost
     | Resync

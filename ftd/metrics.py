@@ -57,12 +57,12 @@ ArbiterAnswer = Literal["granted", "denied", "silent", "doubt"]
 ARBITER_ANSWERS: tuple[ArbiterAnswer, ...] = ("granted", "denied", "silent", "doubt")
 
 Warning_ = Literal[
-    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale",
-    "path_down", "other_peer",
+    "accept_split_brain", "insecure_link", "output_not_held", "disks_not_replicated", "arbiter_unreachable",
+    "arbiter_stale", "path_down", "other_peer",
 ]  # fmt: skip
 WARNINGS: tuple[Warning_, ...] = (
-    "accept_split_brain", "insecure_link", "output_not_held", "arbiter_unreachable", "arbiter_stale",
-    "path_down", "other_peer",
+    "accept_split_brain", "insecure_link", "output_not_held", "disks_not_replicated", "arbiter_unreachable",
+    "arbiter_stale", "path_down", "other_peer",
 )  # fmt: skip
 
 # ---- buckets ---------------------------------------------------------------------------------------------
@@ -392,6 +392,14 @@ class Metrics:
             "ftd_verify_differing_pages_total",
             "Pages of the shadow that differed from the primary's. Anything but 0 is a defect.",
         )
+        self.disk_verified = self._counter(
+            "ftd_disk_verified_bytes_total", "Bytes of the disks that were compared with the backup's."
+        )
+        self.disk_verify_differences = self._counter(
+            "ftd_disk_verify_differing_blocks_total",
+            "Blocks of 4096 bytes of the backup's disks that differed from the primary's. Anything but 0 is "
+            "a defect, or somebody else wrote to them.",
+        )
 
         # Network output
         self.output_held_packets = self._gauge(
@@ -418,6 +426,7 @@ class Metrics:
             "1 while a promise is given away, or something is not as configured. accept_split_brain: no "
             "arbiter, both sides may run the guest after a network failure; insecure_link: the link is not "
             "encrypted; output_not_held: network output leaves before its epoch is committed; "
+            "disks_not_replicated: a takeover damages the guest's disks; "
             "arbiter_unreachable: it did not answer the last question; arbiter_stale: it is older than this "
             "node, and is not believed; path_down: nothing is heard on one of several paths; other_peer: "
             "`ftd protect` chose another backup than the configuration names.",

@@ -185,11 +185,12 @@ class Node:
                     self._assume_primary()
                     primary = await self._start_primary(options)
                 else:
-                    record = await self._win(start)
-                    if record is None:
+                    won = await self._win(start)
+                    if won is None:
                         continue
+                    record, settled = won
                     self._assume_primary()
-                    guest = await start_guest(self._config)
+                    guest = await start_guest(self._config, settled)
                     self._report.set_generation(record.generation)
                     primary = self._primary_of(options, guest, record.generation, Standing.ALONE)
                 self._role = "primary"
@@ -302,8 +303,12 @@ class Node:
                 )
             return decision.start
 
-    async def _win(self, start: Start) -> Record | None:
-        """Win the next generation, to start the guest here; None when it has to be decided anew."""
+    async def _win(self, start: Start) -> tuple[Record, int] | None:
+        """Win the next generation, to start the guest here; None when it has to be decided anew.
+
+        Returns the record, and the generation up to which nobody has taken the guest from this node, -1 if
+        that is not known. The record says it: no question of the other side is granted any more. Or a person.
+        """
         if self._forced.is_set():
             self._forced.clear()
             forced = await self._inquiry.force(self._known)
@@ -311,7 +316,7 @@ class Node:
                 _log.error("the guest is not started: the arbiter has to know it", reason=forced.reason)
                 return None
             self._remember(forced.record.generation)
-            return forced.record
+            return forced.record, forced.record.generation
         try:
             record = await self._inquiry.arbiter.read()
         except ArbiterError:
@@ -322,7 +327,7 @@ class Node:
         if not outcome.granted or outcome.record is None:
             return None
         self._remember(outcome.record.generation)
-        return outcome.record
+        return outcome.record, -1 if record is None else record.generation
 
     def _remember(self, generation: int, role: Role = "primary") -> None:
         """Note this node's part in a generation. The guest goes on, whatever becomes of the note."""
@@ -356,6 +361,12 @@ class Node:
             report.warn(
                 "output_not_held",
                 "network output is not held back (hold = false): clients see answers that a takeover undoes",
+            )
+        if not self._config.disks.replicate or self._config.disks.apply != "committed":
+            report.warn(
+                "disks_not_replicated",
+                "disks are not replicated ([disks] replicate = false, or another apply than committed): a "
+                "takeover damages them",
             )
         if options.identity is None:
             report.warn("insecure_link", "the link is neither encrypted nor authenticated (insecure = true)")

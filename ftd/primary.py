@@ -38,7 +38,7 @@ from ftd.errors import (
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions, Session
 from ftd.machine import MachineDescription, guest_disks, refuse_devices
-from ftd.marker import Marker, Worth, mark
+from ftd.marker import Marker, Markers, Worth
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost
 from ftd.monitor import Event
 from ftd.partner import Partner
@@ -65,8 +65,10 @@ CONNECT_WHILE_ASKING_SECONDS = 1.5
 _NOT_WANTED = frozenset({"host-signal", "host-error"})
 
 
-async def start_guest(config: Config) -> QemuProcess:
+async def start_guest(config: Config, settled: int = -1) -> QemuProcess:
     """Start the guest, or attach to the one that runs: the configured one, or one left by an earlier daemon.
+
+    settled: up to this generation it is known that no backup has taken over from this node.
 
     Raises HostError, ConfigError or QemuError with one line that says what is wrong.
     """
@@ -77,7 +79,7 @@ async def start_guest(config: Config) -> QemuProcess:
         _log.info("the guest of an earlier daemon runs: attaching to it")
         return await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
     for disk in machine.disk:
-        refusal = Marker(disk.path, config.node.state_folder).refusal_to_start()
+        refusal = Marker(disk.path, config.node.state_folder).refusal_to_start(settled)
         if refusal is not None:
             raise HostError(refusal)
     guest = await QemuProcess.start(config)
@@ -133,7 +135,7 @@ class Primary:
         self._over = False  # the guest has ended: no more backups, and no more moves but to `stopped`
         self._shutdown: str | None = None  # QEMU's reason, once the guest is ending
         self._unsubscribe: list[Callable[[], None]] = []
-        self._markers: list[Marker] = []  # of the guest's disks
+        self._markers = Markers([], config.node.name)  # of the guest's disks
         report.machine.listen(self._on_move)
 
     async def run(self) -> str:
@@ -181,6 +183,8 @@ class Primary:
                 # output stays held until there is one again.
                 with contextlib.suppress(FtdError):
                     await self._ask_for_solo()
+            # Whatever this node is next writes to them, too.
+            await self._markers.settle()
 
     async def let_go(self) -> None:
         """Let go of the guest, which runs on if it has not ended."""
@@ -252,6 +256,10 @@ class Primary:
 
     # ---- authority: the fence of ftd/epochs.py ------------------------------------------------------------
 
+    async def before_first_commit(self) -> None:
+        """See epochs.Fence."""
+        await self._markers.write(Worth.REPLICATED, self._generation)
+
     def on_first_commit(self) -> None:
         """See epochs.Fence."""
         self._held = False
@@ -320,11 +328,13 @@ class Primary:
             self._mark_alone()
 
     def _mark_alone(self) -> None:
-        """Note that no other copy of the disks can be newer, which costs nobody anything if it fails."""
-        try:
-            mark(self._markers, Worth.ALONE, self._generation, self._config.node.name)
-        except HostError as error:
-            _log.error("a disk is not marked as the newest copy", reason=friendly(error))
+        """Have it noted that no other copy of the disks can be newer; nobody waits for that."""
+
+        def written(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                _log.error("a disk is not marked as the newest copy", reason=friendly(error))
+
+        self._markers.start(Worth.ALONE, self._generation).add_done_callback(written)
 
     # ---- the guest's end ----------------------------------------------------------------------------------
 
@@ -355,6 +365,7 @@ class Primary:
             self._authority.on(Happening.ENDED)
             await self._inquiry.stopped(self._generation)
             self._mark_alone()
+            await self._markers.settle()
             self._report.machine.move(PairState.STOPPED, reason)
             return reason
         # A guest that cannot be spoken to any more may still run, and must not beside the one that the backup
@@ -395,9 +406,9 @@ class Primary:
             )
         self._description = await MachineDescription.of(monitor)
         refuse_devices(self._description)
-        self._markers = [
-            Marker(disk.path, self._config.node.state_folder) for disk in await guest_disks(monitor)
-        ]
+        disks = await guest_disks(monitor)
+        folder = self._config.node.state_folder
+        self._markers = Markers([Marker(disk.path, folder) for disk in disks], self._config.node.name)
         self._report.qemu = QemuStatus(
             pid=self._guest.pid,
             version=self._description.qemu_version,

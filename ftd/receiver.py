@@ -238,7 +238,10 @@ class Receiver:
     def _apply(self, item: Frame | Part | _Chunks | _Question) -> Frame | Part | _Chunks | _Question | None:
         """Apply what came, and return what is done with."""
         if isinstance(item, _Question):
-            self._session.post(disksync.answer(item.wanted, self._copies.images))
+            # Somebody may wait for what comes after it, in order to take over.
+            if self._session.lost is None:
+                epoch = self._shadow.committed_epoch or 0
+                self._session.post(disksync.answer(item.wanted, self._copies.images, epoch))
         elif isinstance(item, _Chunks):
             self._copies.apply(item.journal)
         elif isinstance(item, Part):

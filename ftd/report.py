@@ -19,10 +19,11 @@ from ftd.arbiter import Record
 from ftd.authority import Row, Standing
 from ftd.config import Config
 from ftd.config.paths import LINK_PATH
+from ftd.disk import BLOCK
 from ftd.disksync import DiskProgress
 from ftd.errors import FtdError, PeerError
 from ftd.flight import FlightRecorder, pack, unpack
-from ftd.messages import Flight
+from ftd.messages import DiskVerifyResult, Flight
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
 from ftd.pacing import Account, FixedPace
 from ftd.paths import PathState
@@ -30,6 +31,7 @@ from ftd.speculation import Round, Speculation
 from ftd.state import Move, PairState, Role, StateMachine
 from ftd.status import (
     AuthorityStatus,
+    DiskDifference,
     EpochStatus,
     OutputStatus,
     PathStatus,
@@ -71,6 +73,19 @@ class PeerView(Protocol):
     def paths(self) -> list[PathState]:
         """Return how the paths are."""
         ...
+
+
+def with_disks(report: VerifyReport, result: DiskVerifyResult) -> VerifyReport:
+    """Return the result of comparing memory with that of comparing disks in it."""
+    return report.model_copy(
+        update={
+            "ok": not report.differing and result.ok,
+            "disk_epoch": result.epoch,
+            "disk_blocks": result.blocks,
+            "disk_differing": result.differing,
+            "disk_differences": [DiskDifference(disk=d.disk, block=d.block) for d in result.differences],
+        }
+    )
 
 
 class Report:
@@ -429,6 +444,19 @@ class Report:
         self.last_verify = report
         self.metrics.epochs_verified.inc()
         self.metrics.verify_differences.inc(report.differing)
+
+    def verified_disks(self, result: DiskVerifyResult) -> None:
+        """Note the result of a comparison of disks, beside that of the last one of memory."""
+        self.last_verify = with_disks(self.last_verify or VerifyReport(epoch=result.epoch, ok=True), result)
+        self.metrics.disk_verified.inc(result.blocks * BLOCK)
+        self.metrics.disk_verify_differences.inc(result.differing)
+        if not result.ok:
+            _log.error(
+                "THE BACKUP'S DISK DIFFERS FROM THE GUEST'S",
+                epoch=result.epoch,
+                differing=result.differing,
+                blocks=" ".join(f"{one.disk}:{one.block}" for one in result.differences[:16]),
+            )
 
     def took_over(
         self, trigger: Trigger, epoch: int, *, detection: float, activation: float, total: float

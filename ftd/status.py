@@ -164,14 +164,30 @@ class Difference(Model):
     page: int
 
 
+class DiskDifference(Model):
+    """A block of 4096 bytes of the backup's disk that differs from the primary's; it counts from 0."""
+
+    disk: str
+    block: int
+
+
 class VerifyReport(Model):
-    """Result of comparing all memory after an epoch. differences holds the first few of `differing` pages."""
+    """Result of comparing all memory after an epoch, and then the disks, as of epochs up to disk_epoch.
+
+    The lists hold the first few of `differing` pages and `disk_differing` blocks. disk_blocks is 0 when no
+    disk was compared, and not that of all disks after an epoch of [epoch] verify_every: then only what was
+    written since the one before is compared.
+    """
 
     epoch: int
     ok: bool
     pages: int = 0
     differing: int = 0
     differences: list[Difference] = []
+    disk_epoch: int = 0
+    disk_blocks: int = 0
+    disk_differing: int = 0
+    disk_differences: list[DiskDifference] = []
 
 
 class Status(Model):

@@ -25,7 +25,7 @@ from types import MappingProxyType
 from ftd.errors import LinkError
 
 MAGIC = b"FTDM"
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 HEADER_SIZE = 32
 
 _FIELDS = struct.Struct("<4sHHQQI")

@@ -150,6 +150,11 @@ class Disks(Section):
         description="MiB a second that the copy of disks may send, so that others on the link find room. "
         "0: as fast as it goes. Default: 0.",
     )
+    replicate: bool = Field(
+        default=True,
+        description="Replicate the guest's disks. Without that a takeover goes on with whatever disk the "
+        "backup has, which damages it: false is for measuring what replication costs. Default: true.",
+    )
     apply: Literal["committed", "early", "never"] = Field(
         default="committed",
         description="When the backup repeats what the guest wrote. `committed`: with its epoch. The others "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from testbed.arbitrated import arbitrated, boot, post
 from testbed.disks import (
     BLOCK,
     MIB,
@@ -25,7 +26,16 @@ from testbed.disks import (
     tool,
     wait_ledger,
 )
-from testbed.guarded import console_faults, metric, wait_committed, wait_ended, wait_ready
+from testbed.etcd import Etcd
+from testbed.guarded import (
+    console_faults,
+    metric,
+    wait_committed,
+    wait_ended,
+    wait_log,
+    wait_ready,
+)
+from testbed.loop import CONTROL, block_device
 from testbed.pair import Daemon, Pair
 
 from ftd.disk import Image
@@ -82,10 +92,14 @@ async def become_backup(pair: Pair) -> Daemon:
     return daemon
 
 
-async def test_a_database_survives_takeovers_at_random_moments(make_pair: StartPair) -> None:
+async def test_a_database_survives_takeovers_at_random_moments_and_a_power_cut(
+    make_pair: StartPair, etcd: Etcd
+) -> None:
     """Three disks: files and a database; sectors in disorder, by requests larger than the journal; a witness.
 
-    Each time the backup takes over, the host that died comes back as its backup, and is copied to.
+    Each time the backup takes over, the host that died comes back as its backup, and is copied to. At last
+    both lose their power: the one that had the guest boots it from its disk by itself, since the arbiter's
+    record settles that the other did not take over, and the other is copied to.
     """
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -96,7 +110,8 @@ async def test_a_database_survives_takeovers_at_random_moments(make_pair: StartP
         {"path": "disk2.img"},
     ]
     guest = await disk_guest(files=2, sectors=2, witness="vdc", disks=disks)
-    pair = await start_with_disks(make_pair, guest, [96 * MIB, 24 * MIB, MIB], {"disks": {"journal_mib": 1}})
+    settings = {"disks": {"journal_mib": 1}} | arbitrated(etcd)
+    pair = await start_with_disks(make_pair, guest, [96 * MIB, 24 * MIB, MIB], settings)
     client = pair.network.client
     await wait_ledger(client)
     load = LedgerLoad(client)
@@ -104,7 +119,7 @@ async def test_a_database_survives_takeovers_at_random_moments(make_pair: StartP
     await load.wait_for(20)
     await assert_disks_equal(pair.primary, pair.backup, 3)
     hosts = [(pair.a, pair.primary, "a"), (pair.b, pair.backup, "b")]
-    for _ in range(int(os.environ.get("FTD_DISK_TAKEOVERS", "2"))):
+    for _ in range(int(os.environ.get("FTD_DISK_TAKEOVERS", "1"))):
         (host, primary, _), (_, backup, _) = hosts
         await load.wait_for(20)
         await asyncio.sleep(moments.uniform(0, 1))
@@ -127,12 +142,24 @@ async def test_a_database_survives_takeovers_at_random_moments(make_pair: StartP
         await backup.wait_state("protected")
         await again.wait_state("protected")
         assert console_faults(backup.console.text()) == []
+        found = await post(backup, "verify")
+        assert (found["ok"], found["disk_blocks"]) == (True, 121 * MIB // BLOCK), found
         hosts = [(pair.b if host is pair.a else pair.a, backup, ""), (host, again, "")]
         await assert_disks_equal(backup, again, 3)
         assert (await backup.status())["sync"]["disk_bytes"] == 121 * MIB
-    await load.stop()
+    for host, _, _ in hosts:
+        host.kill_all()
+    await load.abandon()
+    (_, last, _), (_, other, _) = hosts
+    for daemon, worth in ((last, "replicated"), (other, "copy")):
+        assert json.loads(image(daemon).with_name("disk0.img.ftd").read_text())["worth"] == worth
+    for host, daemon, _ in hosts:
+        await boot(host, daemon)
+    await last.wait_state("protected")
+    assert (await other.wait_state("protected"))["role"] == "backup"
+    await wait_ledger(client)
     assert await load.problems() == []
-    last = hosts[0][1]
+    assert console_faults(last.console.text()) == []
     await tell_guest(last, "stop")
     assert await file_system_faults(image(last)) == ""
     print(load.acknowledged)
@@ -246,6 +273,77 @@ async def write_on(daemon: Daemon) -> None:
             line = f'qemu-io -d /machine/peripheral/vd0/virtio-backend "{command}"'
             await operator.execute("human-monitor-command", command_line=line)
             await asyncio.sleep(0.005)
+
+
+async def test_a_block_of_the_backup_that_is_wrong_is_found_and_mended(make_pair: StartPair) -> None:
+    """While the guest writes all the time: by `ftd verify`, wherever it is."""
+    guest = idle_guest([{"path": "disk0.img"}, {"path": "disk1.img"}])
+    pair: Pair = await make_pair(guest, {"epoch": {"verify_every": 10}})
+    await make_images(pair, [64 * MIB, GIB], ext4=False)
+    await start(pair)
+    blocks = (64 * MIB + GIB) // BLOCK
+    writing = asyncio.create_task(write_on(pair.primary))
+    try:
+        found = await post(pair.primary, "verify")
+        assert (found["ok"], found["disk_blocks"], found["disk_differences"]) == (True, blocks, [])
+        # What is found by itself is what the guest wrote since.
+        async with asyncio.timeout(30):
+            while await metric(pair.backup, "ftd_disk_verified_bytes_total") < blocks * BLOCK + MIB:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await metric(pair.primary, "ftd_disk_verify_differing_blocks_total") == 0
+        with image(pair.backup, 1).open("r+b") as file:
+            file.seek(GIB - 12345)
+            file.write(b"\1")
+        found = await post(pair.primary, "verify")
+        assert not found["ok"]
+        assert (found["differing"], found["disk_differing"]) == (0, 1)
+        assert found["disk_differences"] == [{"disk": "vd1", "block": (GIB - 12345) // BLOCK}]
+        await wait_log(pair.backup, "THE BACKUP'S DISK DIFFERS FROM THE GUEST'S")
+        await wait_log(pair.primary, "differ from the guest's in 1 blocks")
+        await pair.wait_protected()
+        assert await metric(pair.primary, "ftd_syncs_completed_total") == 2
+        found = await post(pair.primary, "verify")
+        assert (found["ok"], found["disk_blocks"]) == (True, blocks)
+    finally:
+        writing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await writing
+
+
+@pytest.mark.skipif(not CONTROL.exists(), reason="this kernel has no loop devices")
+async def test_block_devices_are_replicated_and_their_markers_are_in_the_state_folder(
+    make_pair: StartPair,
+) -> None:
+    """By the names that they have in /dev for administrators: symbolic links, as those of LVM."""
+    pair: Pair = await make_pair(idle_guest([{"path": "volume"}]))
+    size = 32 * MIB
+    with contextlib.ExitStack() as devices:
+        for daemon in (pair.primary, pair.backup):
+            backing = daemon.folder / "backing"
+            backing.write_bytes(os.urandom(size))
+            (daemon.folder / "volume").symlink_to(devices.enter_context(block_device(backing)))
+        await start(pair)
+        assert (await pair.primary.status())["sync"]["disk_bytes_sent"] >= size
+        for command in ("write -P 1 512 512", "write -P 2 1M 3M", "discard 2M 1M", "flush"):
+            await request(pair.primary, command)
+        found = await post(pair.primary, "verify")
+        assert (found["ok"], found["disk_blocks"]) == (True, size // BLOCK), found
+        name = str(pair.primary.folder / "volume").strip("/").replace("/", "-")
+        marker = pair.primary.folder / f"state/disk-{name}.ftd"
+        assert json.loads(marker.read_text())["worth"] == "replicated"
+        pair.kill_primary_host()
+        await pair.backup.wait_takeover()
+        for command in ("read -P 1 512 512", "read -P 2 1M 1M", "read -P 0 2M 1M", "read -P 2 3M 1M"):
+            await request(pair.backup, command)
+        await boot(pair.a, pair.primary)
+        assert await wait_ended(pair.primary) == 3
+        assert "it had a backup, which may have taken over" in pair.primary.logs()
+        await (await become_backup(pair)).wait_state("protected")
+        await request(pair.backup, "write -P 3 0 64k")
+        found = await post(pair.backup, "verify")
+        assert (found["ok"], found["disk_blocks"]) == (True, size // BLOCK), found
+        pair.a.kill_all()
+        pair.b.kill_all()
 
 
 async def test_a_full_disk_on_the_backup_ends_protection_and_not_the_guest(make_pair: StartPair) -> None:

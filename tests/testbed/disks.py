@@ -202,6 +202,12 @@ class LedgerLoad:
         self._stop = True
         await asyncio.gather(*self._tasks)
 
+    async def abandon(self) -> None:
+        """Stop at once: the guest will not answer any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def problems(self) -> list[str]:
         """What the database lost of what it acknowledged, and what is wrong with it."""
         found = list(self.errors)

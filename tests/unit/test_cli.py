@@ -16,7 +16,7 @@ from unit.fake_node import PROTECTED, FakeNode, serving
 
 from ftd import __version__, cli
 from ftd.errors import FtdError
-from ftd.status import Difference, PathStatus, PeerFlight, PeerStatus, Status, VerifyReport
+from ftd.status import Difference, DiskDifference, PathStatus, PeerFlight, PeerStatus, Status, VerifyReport
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -227,6 +227,30 @@ def test_verify_different(node: FakeNode, url: str) -> None:
     result = ftd("verify", "--url", url, "--json")
     assert result.returncode == 1
     assert VerifyReport.model_validate_json(result.stdout) == node.verification
+
+
+def test_verify_disks(node: FakeNode, url: str) -> None:
+    node.verification = VerifyReport(epoch=43, ok=True, pages=100, disk_epoch=45, disk_blocks=512)
+    result = ftd("verify", "--url", url)
+    assert result.returncode == 0
+    assert result.stdout.splitlines() == [
+        "equal: 100 pages compared after epoch 43",
+        "equal: 512 blocks of disks compared, up to epoch 45",
+    ]
+    node.verification = node.verification.model_copy(
+        update={
+            "ok": False,
+            "disk_differing": 2,
+            "disk_differences": [DiskDifference(disk="vd0", block=7)],
+        }
+    )
+    result = ftd("verify", "--url", url)
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[:3] == [
+        "DIFFERENT: 2 of 512 blocks of disks, up to epoch 45",
+        "  disk vd0 block 7 (of 4096 bytes)",
+        "  and 1 more",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,17 @@ def test_a_set_of_images_is_opened_wholly_or_not_at_all(tmp_path: Path, path: Pa
     with pytest.raises(HostError, match="another program writes to it"):
         Image("vd0", path, writable=True)
     copies.close()
+
+
+def test_its_locks_are_given_up_though_a_call_of_another_thread_still_has_it_open(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    image = Image("vd0", path, writable=True)
+    call = os.dup(image._fd)  # what the kernel keeps for a call that has begun
+    try:
+        with pytest.raises(HostError, match="another program writes to it"):
+            Image("vd0", path, writable=True)
+        image.close()
+        Image("vd0", path, writable=True).close()
+    finally:
+        os.close(call)

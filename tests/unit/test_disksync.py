@@ -9,7 +9,7 @@ import pytest
 
 from ftd import disksync
 from ftd.disk import CHUNK, Copies, Image
-from ftd.disksync import DiskCopy, DiskProgress
+from ftd.disksync import DiskCopy, DiskProgress, Questions
 from ftd.errors import LinkError
 from ftd.journal import Journal, Request, RequestKind, encode, parse_chunks
 from ftd.messages import DiskDigests, DiskDigestsWanted
@@ -35,11 +35,12 @@ class World:
         self.progress: list[DiskProgress] = []
         self.sent: list[int] = []
         self.hook: Callable[[], None] = lambda: None
+        self.questions = Questions(self.ask)
         self.copy = DiskCopy(
             [Image("vd0", self.paths[0])],
             1,
             bytes_per_second=0,
-            ask=self.ask,
+            questions=self.questions,
             send=self.send,
             close_journal=self.close_journal,
             wait_for_pressure=self.wait_for_pressure,
@@ -59,7 +60,7 @@ class World:
 
     async def ask(self, wanted: DiskDigestsWanted) -> None:
         self.hook()
-        self.copy.on_digests(disksync.answer(wanted, self.copies.images))
+        self.questions.on_digests(disksync.answer(wanted, self.copies.images, 0))
         self.hook()
 
     async def send(self, message: bytes) -> None:
@@ -125,11 +126,11 @@ async def test_it_is_the_order_that_makes_them_the_same(tmp_path: Path) -> None:
 async def test_answers_that_were_not_asked_for_or_do_not_fit_end_the_session(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     with pytest.raises(LinkError, match="nobody asked for"):
-        world.copy.on_digests(DiskDigests(number=1, digests=""))
+        world.questions.on_digests(DiskDigests(number=1, digests=""))
 
     async def wrong(wanted: DiskDigestsWanted) -> None:
-        world.copy.on_digests(DiskDigests(number=wanted.number, digests="AAAA"))
+        world.questions.on_digests(DiskDigests(number=wanted.number, digests="AAAA"))
 
-    world.copy._ask_backup = wrong
+    world.questions._send = wrong
     with pytest.raises(LinkError, match="sent 1 digests of disk vd0: expected 16"):
         await asyncio.wait_for(world.copy.run(), 10)

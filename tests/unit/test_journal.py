@@ -108,3 +108,22 @@ def test_a_message_that_is_cut_off_is_refused(size: int) -> None:
 def test_pieces_of_another_generation_are_refused() -> None:
     with pytest.raises(FrameError, match="generation is 7: expected 8"):
         parse_chunks(memoryview(encode_chunks(7, REQUESTS)), 8)
+
+
+def test_the_requests_within_a_piece_and_the_pieces_that_are_written_to() -> None:
+    requests = [
+        Request(0, RequestKind.DATA, 512, 1024, bytes([1]) * 1024),
+        Request(1, RequestKind.ZEROES, 4096, 40960),
+        Request(0, RequestKind.FLUSH),
+        Request(0, RequestKind.DATA, 4096 - 512, 1024, bytes([2]) * 1024),
+        Request(0, RequestKind.UNMAP, 8192, 512),
+    ]
+    journal = Journal(memoryview(encode(requests)), len(requests))
+    assert journal.within(0, 0, 4096) == [requests[0], requests[3]]
+    assert journal.within(0, 4096, 4096) == [requests[3]]
+    assert journal.within(0, 1536, 2048) == []
+    assert journal.within(1, 8192, 1) == [requests[1]]
+    assert journal.within(2, 0, 1 << 40) == []
+    assert journal.places(0, 4096) == {0, 1, 2}
+    assert journal.places(1, 4096) == set(range(1, 11))
+    assert journal.places(2, 4096) == set()

@@ -31,7 +31,7 @@ from ftd.messages import (
     Welcome,
     encode,
 )
-from ftd.wire import HEADER_SIZE, MessageType, encode_header
+from ftd.wire import HEADER_SIZE, PROTOCOL_VERSION, MessageType, encode_header
 
 HOST = "127.0.0.1"
 # Long enough that a busy test machine is not taken for a dead peer.
@@ -574,8 +574,9 @@ async def test_a_second_primary_is_refused_and_the_first_goes_on(options):
 
 async def test_another_protocol_version_is_refused_with_both_numbers(options):
     async with listening(options) as backup:
-        with pytest.raises(PeerError, match="version 4, this side 3"):
-            await backup.connect(hello(protocol=4))
+        told = f"version {PROTOCOL_VERSION + 1}, this side {PROTOCOL_VERSION}"
+        with pytest.raises(PeerError, match=told):
+            await backup.connect(hello(protocol=PROTOCOL_VERSION + 1))
         assert await backup.next_rejected() == "incompatible"
 
 

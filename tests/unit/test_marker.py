@@ -1,9 +1,12 @@
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
 
+from ftd import durable
 from ftd.errors import HostError
-from ftd.marker import Marker, Note, Worth, mark
+from ftd.marker import Marker, Markers, Note, Worth, mark
 
 
 @pytest.fixture
@@ -52,6 +55,52 @@ def test_only_a_disk_that_nothing_can_be_newer_than_is_started_from(
         assert refusal is not None
         assert f"{words} (generation 4); start this node as the backup" in refusal
         assert refusal.endswith(f"remove {marker.path}")
+
+
+def test_an_arbiter_settles_whether_a_backup_has_taken_over(marker: Marker) -> None:
+    for worth in Worth:
+        mark([marker], worth, 4, "host-a")
+        assert (marker.refusal_to_start(4) is None) == (worth in (Worth.ALONE, Worth.REPLICATED))
+        assert (marker.refusal_to_start(5) is None) == (worth in (Worth.ALONE, Worth.REPLICATED))
+        assert (marker.refusal_to_start(3) is None) == (worth is Worth.ALONE)
+
+
+async def test_they_are_written_in_the_order_in_which_that_was_asked_for(
+    marker: Marker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each takes its time, and whoever asked may go away meanwhile."""
+    began, written = threading.Event(), []
+    go_on = threading.Event()
+
+    def slow(path: Path, note: Note) -> None:
+        began.set()
+        assert go_on.wait(10)
+        written.append((note.worth, note.generation))
+        durable.replace(path, note)
+
+    monkeypatch.setattr("ftd.marker.replace", slow)
+    markers = Markers([marker], "host-a")
+    markers.start(Worth.ALONE, 1)
+    impatient = asyncio.create_task(markers.write(Worth.REPLICATED, 1))
+    await asyncio.to_thread(began.wait, 10)
+    assert written == []
+    impatient.cancel()
+    last = asyncio.create_task(markers.write(Worth.ALONE, 2))
+    await asyncio.sleep(0)
+    go_on.set()
+    await markers.settle()
+    assert last.done()
+    assert written == [(Worth.ALONE, 1), (Worth.REPLICATED, 1), (Worth.ALONE, 2)]
+    assert marker.read() == Note(worth=Worth.ALONE, generation=2, node="host-a")
+
+
+async def test_what_cannot_be_written_is_said_to_who_waits(tmp_path: Path) -> None:
+    (tmp_path / "disk.img.ftd").mkdir()
+    (tmp_path / "disk.img").touch()
+    markers = Markers([Marker(tmp_path / "disk.img", tmp_path)], "host-a")
+    with pytest.raises(HostError):
+        await markers.write(Worth.REPLICATED, 1)
+    await Markers([], "host-a").write(Worth.REPLICATED, 1)
 
 
 def test_a_newer_disk_is_not_overwritten_with_an_older_one(marker: Marker) -> None:

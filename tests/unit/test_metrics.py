@@ -26,6 +26,8 @@ ftd_disk_apply_lag_seconds gauge
 ftd_disk_sync_progress_ratio gauge
 ftd_disk_sync_sent_bytes_total counter
 ftd_disk_sync_spared_bytes_total counter
+ftd_disk_verified_bytes_total counter
+ftd_disk_verify_differing_blocks_total counter
 ftd_epoch_added_latency_seconds gauge
 ftd_epoch_committed gauge
 ftd_epoch_dirty_pages histogram
@@ -75,7 +77,7 @@ ftd_takeover_seconds gauge phase=detection|activation|total
 ftd_takeovers_refused_total counter
 ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced|link-cut
 ftd_verify_differing_pages_total counter
-ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|arbiter_unreachable|arbiter_stale|path_down|other_peer
+ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|disks_not_replicated|arbiter_unreachable|arbiter_stale|path_down|other_peer
 """  # noqa: E501
 
 
