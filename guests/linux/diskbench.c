@@ -1,6 +1,6 @@
 /*
  * How fast a disk is, again and again: sequential writes, writes in random places, and such
- * each of which is made durable; one request at a time, with O_DIRECT, for a second each.
+ * each of which is made durable; one request at a time, with O_DIRECT, for half a second each.
  *
  *     diskbench DEVICE
  *
@@ -43,7 +43,7 @@ static void run(int device, uint64_t size, char *buffer, const char *name, uint6
             printf("ftd-guest: diskbench: a write failed\n");
         count++;
         end = now();
-    } while (end - start < 1000000000LL);
+    } while (end - start < 500000000LL);
     printf("bench %s %llu %lld\n", name, (unsigned long long)count, (long long)(end - start));
 }
 
