@@ -562,7 +562,7 @@ class Protection:
             self._watch_disks()
         every = self._config.epoch.verify_every
         digest = self._verify_next or bool(every and epoch % every == 0)
-        size = pages = parts = requests = journal = 0
+        size = pages = parts = requests = journal = before_pause = 0
         early = self._early
         listed: list[U64Array] = []
         pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 0)
@@ -575,7 +575,9 @@ class Protection:
             part = await self._gather("x-ft-checkpoint", slot, digest=digest)
             # Not when the answer is seen: it waits for the checksums, and for its turn here, which would make
             # each epoch longer than it should be.
-            resumed = asked + float(part["pause"]["total-ns"]) / 1e9
+            # A QEMU that was started before an upgrade of ftd may not tell what it did before the pause.
+            before_pause += part["pause"].get("early-ns", 0)
+            resumed = asked + float(before_pause + part["pause"]["total-ns"]) / 1e9
             size += part["slot-bytes"]
             pages += part["pages"] + part["zero-pages"]
             parts += 1
