@@ -31,8 +31,8 @@ from harness.guest import (
     make_staging,
 )
 
-# reset and registers are within others, or beside: see FtPause in qemu/README.md.
-PARTS = ("stop", "registers", "drain", "harvest", "reset", "copy", "device", "resume")
+# early is before the pause; reset and registers are within others, or beside: see FtPause in qemu/README.md.
+PARTS = ("early", "stop", "registers", "drain", "harvest", "reset", "copy", "device", "resume")
 RING_ENTRIES = 65_536
 # The first copy of a large guest names all of its pages, so many in each part: few parts, and yet a ring that
 # overflows does not fill all of the guest's memory file.
@@ -70,6 +70,8 @@ SYSTEMS = {
     "bitmap-parallel": System("bitmap", {"serial-pause": False}),
     "ring-stock-parallel": System("ring-stock", {"serial-pause": False}),
     "ring-serial": System("ring", {"serial-pause": True}),
+    "ring-no-early": System("ring", {"early-harvest": False}),
+    "ring-no-streaming": System("ring", {"streaming-copy": False}),
     "ring-no-defer": System("ring", {"defer-reset": False}),
     "ring-late-registers": System("ring", {"early-registers": False}),
     "ring-one-harvester": System("ring", {"parallel-harvest": False}),

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-PARTS = ("stop", "registers", "drain", "harvest", "reset", "copy", "device", "resume")
+PARTS = ("early", "stop", "registers", "drain", "harvest", "reset", "copy", "device", "resume")
 
 
 def assert_pauses(row: dict) -> None:
