@@ -214,6 +214,8 @@ class Backup:
             await listener.close()
 
     async def _start_qemu(self) -> QemuProcess:
+        # Before as well: once QEMU has opened a tap that is up, the kernel keeps what arrives.
+        tap.switch(self._config.machine.nic, up=False, missing_ok=True)
         qemu = await QemuProcess.start(self._config, incoming=True)
         try:
             tap.switch(self._config.machine.nic, up=False)

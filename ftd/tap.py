@@ -6,6 +6,7 @@ old requests, seconds or days late. A tap that is down takes nothing.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import socket
 import struct
@@ -20,8 +21,11 @@ IFF_UP = 0x1
 _REQUEST = struct.Struct("16sh14x")  # struct ifreq with its flags
 
 
-def switch(nics: Iterable[Nic], *, up: bool) -> None:
-    """Set the tap of every card up or down. Raises HostError naming the tap."""
+def switch(nics: Iterable[Nic], *, up: bool, missing_ok: bool = False) -> None:
+    """Set the tap of every card up or down. Raises HostError naming the tap.
+
+    missing_ok: pass over a tap that is not there yet, since QEMU makes it.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
         for nic in nics:
             name = nic.tap.encode()
@@ -32,6 +36,8 @@ def switch(nics: Iterable[Nic], *, up: bool) -> None:
                 if wanted != flags:
                     fcntl.ioctl(any_socket, SIOCSIFFLAGS, _REQUEST.pack(name, wanted))
             except OSError as error:
+                if missing_ok and error.errno == errno.ENODEV:
+                    continue
                 way = "up" if up else "down"
                 raise HostError(
                     f"[[machine.nic]] tap = {nic.tap}: cannot be set {way}: {friendly(error)}"
