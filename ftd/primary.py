@@ -50,7 +50,8 @@ from ftd.wire import LinkLost
 
 _log = log.get(__name__)
 
-# Between two attempts to reach a backup. A refusal needs a person, so it is repeated less often.
+# Between two attempts to reach a backup. One that refuses may only have to end what it is at; if it goes on,
+# a person is needed, and each time it is asked half as often as before, down to the second of these.
 RETRY_SECONDS = 0.5
 RETRY_AFTER_REFUSAL_SECONDS = 5.0
 
@@ -415,7 +416,7 @@ class Primary:
             accelerator=self._description.accelerator,
             running=(await monitor.execute("query-status"))["running"],
         )
-        told = ""
+        told, refused = "", 0
         while not self._over:
             wait = RETRY_SECONDS
             if self._authority.standing in (Standing.ASKING, Standing.UNSURE):
@@ -432,8 +433,9 @@ class Primary:
                     session = await self._connect()
             except (LinkError, PeerError, TimeoutError) as error:
                 text = friendly(error)
-                if isinstance(error, PeerError) and not asking:
-                    wait = RETRY_AFTER_REFUSAL_SECONDS
+                refused = refused + 1 if isinstance(error, PeerError) else 0
+                if refused and not asking:
+                    wait = min(RETRY_SECONDS * 2 ** (refused - 1), RETRY_AFTER_REFUSAL_SECONDS)
                 if text != told:
                     told = text
                     _log.warning("no backup: the guest runs unprotected", reason=text)
@@ -441,7 +443,7 @@ class Primary:
                     self._alone(text)
                 await self._sleep(wait)
                 continue
-            told = ""
+            told, refused = "", 0
             if await self._with_backup(session):
                 continue
             if self._authority.release is Release.ALL or not self._inquiry.decides:
