@@ -351,6 +351,8 @@ class Node:
             heartbeat=HeartbeatSettings(interval_ms=heartbeat.interval_ms, misses=heartbeat.misses),
             paths=tuple(PathSettings(path.name, path.listen, path.peer) for path in heartbeat.path),
             patience_seconds=heartbeat.link_patience_ms / 1000,
+            stall_seconds=link.stall_s,
+            user_timeout_seconds=link.stall_s,
         )
 
     def _show_warnings(self, options: LinkOptions) -> None:

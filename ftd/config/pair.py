@@ -80,6 +80,14 @@ class Link(Section):
         description="Run without TLS. Whoever reaches the ports can then read and replace the guest's "
         "memory: only for a cable between the two hosts, or for tests. Default: false.",
     )
+    stall_s: int = Field(
+        default=20,
+        ge=1,
+        le=300,
+        description="Seconds for which one connection may stand still while heartbeats arrive, as when a "
+        "firewall drops some of the packets. The guest's clients get no answers so long; a backup whose "
+        "disks are slow needs as long. Default: 20.",
+    )
 
     @property
     def expected_peer_name(self) -> str:
