@@ -1,7 +1,5 @@
 """Tests on hosts made of network namespaces; they need root and say so when they are skipped."""
 
-import asyncio
-import contextlib
 import os
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -9,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from testbed.arbitrated import NIC, arbitrated, free_guests
+from testbed.chaos import Chaos, as_text, counted, summary
 from testbed.etcd import Etcd
 from testbed.guarded import bare_guest, defects, wait_ready
 from testbed.guest import KVM, Guest
 from testbed.hosts import Host, TestNetwork
 from testbed.pair import Pair
+from testbed.speakers import Speakers
 
 REPOSITORY = Path(__file__).parents[2]
 StartPair = Callable[..., Awaitable[Pair]]
@@ -76,9 +77,11 @@ async def make_pair(network: TestNetwork, qemu_binary: Path) -> AsyncIterator[St
     """Makes a pair of daemons that are not started: takes the guest, `settings` and `backup_settings`.
 
     Afterwards no log of either may hold what only a defect writes, whatever the test did to them. The logs
-    are printed, and shown if the test failed.
+    are printed, and shown if the test failed. All the while somebody asks on the bridge whether two guests
+    answer; a guest without a network is watched by its QEMUs.
     """
     pairs: list[Pair] = []
+    probes: list[Speakers] = []
 
     async def make(
         guest: Guest,
@@ -91,10 +94,16 @@ async def make_pair(network: TestNetwork, qemu_binary: Path) -> AsyncIterator[St
         pair = Pair(network, guest, qemu, tables, more)
         await pair.prepare()
         pairs.append(pair)
+        mute = guest.kind == "bare"
+        probes.append(Speakers(network, (lambda: free_guests(pair)) if mute else None).start())
         return pair
 
     yield make
     found = []
+    for probe in probes:
+        await probe.stop()
+        print(f"---- asked {probe.asked} times who answers: {dict(probe.answers)}; {probe.looks} looks")
+        found += probe.problems()
     for host in network.hosts.values():
         host.kill_all()
     for pair in pairs:
@@ -104,7 +113,8 @@ async def make_pair(network: TestNetwork, qemu_binary: Path) -> AsyncIterator[St
             print(f"---- log of the {daemon.role} on {daemon.host.name}\n{daemon.logs()[-6000:]}")
             found += defects(daemon)
         await pair.close()
-    assert found == []
+    if found:
+        pytest.fail("\n".join([*found[:20], f"{len(found)} in all"]), pytrace=False)
 
 
 @pytest.fixture
@@ -129,22 +139,25 @@ async def etcd(network: TestNetwork) -> AsyncIterator[Etcd]:
 
 
 @pytest.fixture
-async def pair(start_pair: StartPair, etcd: Etcd, request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
-    """A protected pair with an arbiter, and somebody who looks all the time whether both sides speak."""
+async def pair(start_pair: StartPair, etcd: Etcd, request: pytest.FixtureRequest) -> Pair:
+    """A protected pair with an arbiter."""
     more = getattr(request, "param", {})
     made: Pair = await start_pair(await bare_guest(), arbitrated(etcd) | NIC | more)
-    both: list[list[str]] = []
+    return made
 
-    async def watch() -> None:
-        while True:
-            free = await free_guests(made)
-            if len(free) > 1:
-                both.append(free)
-            await asyncio.sleep(0.05)
 
-    watcher = asyncio.create_task(watch())
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What random schedules of faults were injected, and what came of them."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    rows = [told for report in reports for name, told in report.user_properties if name == "chaos"]
+    if rows:
+        terminalreporter.section("faults injected, and what came of them")
+        terminalreporter.write_line(as_text(summary(rows), counted(rows), width=160))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chaos(qemu_binary: Path) -> AsyncIterator[Chaos]:
+    """Runs schedules of random faults; see tests/testbed/chaos.py."""
+    made = Chaos(qemu_binary)
     yield made
-    watcher.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await watcher
-    assert both == [], "two guests spoke"
+    await made.close()

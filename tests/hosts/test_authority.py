@@ -1,7 +1,7 @@
 """Exactly one side speaks, whatever breaks, and protection comes back by itself; etcd is on a third host.
 
-Each test is a row of the table in docs/failures.md. Two guests never run at once with their output free:
-`one_speaks` watches both sides through every test.
+Each test is a row of the table in docs/failures.md. Two guests never run at once with their output free: the
+fixture `make_pair` watches both sides through every test.
 """
 
 import signal

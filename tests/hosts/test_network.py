@@ -86,6 +86,45 @@ async def test_link_and_network_are_cut_apart(network: TestNetwork) -> None:
         await until(lambda: arrives(host, client))  # the carrier comes back a moment later
 
 
+def connects(source: Node, address: str, port: int) -> bool:
+    def attempt() -> bool:
+        try:
+            with socket.create_connection((address, port), 0.3):
+                return True
+        except OSError:
+            return False
+
+    return call_in_namespace(source.namespace, attempt)
+
+
+def test_one_peer_or_one_port_is_cut_and_nothing_else() -> None:
+    with TestNetwork(["host-a", "host-b", "arbiter"]) as network:
+        a, b, c = network.hosts.values()
+        servers = [
+            call_in_namespace(host.namespace, socket.create_server, (host.link_address, port))
+            for host in (b, c)
+            for port in (PORT, PORT + 1)
+        ]
+
+        def reached() -> list[bool]:
+            return [connects(a, host.link_address, port) for host in (b, c) for port in (PORT, PORT + 1)]
+
+        assert reached() == [True, True, True, True]
+        a.cut_from(b)
+        assert reached() == [False, False, True, True]
+        a.cut_port(PORT)
+        assert reached() == [False, False, False, True]
+        a.restore_from(b)
+        assert reached() == [False, True, False, True]
+        a.restore_port(PORT)
+        assert reached() == [True, True, True, True]
+        a.cut_port(PORT + 1, "to-host")
+        a.restore_all()
+        assert reached() == [True, True, True, True]
+        for server in servers:
+            server.close()
+
+
 def test_link_can_be_made_slow(network: TestNetwork) -> None:
     a = network.hosts["host-a"]
     a.limit_link(100_000_000)

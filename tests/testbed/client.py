@@ -4,6 +4,7 @@
     python -m testbed.client stream ADDRESS --history FILE   numbered lines over one TCP connection
     python -m testbed.client udp ADDRESS --history FILE      datagrams
     python -m testbed.client ping ADDRESS --history FILE     ICMP echo requests; needs root
+    python -m testbed.client all ADDRESS --history FOLDER    all of these in one process, each with its file
 
 Each runs until SIGTERM or SIGINT (or --duration), and ends once the requests in flight are answered or timed
 out. CounterClient runs one of these inside the client's namespace, as a process of its own: so what it
@@ -219,6 +220,9 @@ async def _main(options: argparse.Namespace) -> None:
     if options.duration:
         loop.call_later(options.duration, stop.set)
     history = Path(options.history or "/dev/stdout")
+    if options.probe == "all":
+        await _all(options, history, stop)
+        return
     with history.open("w", buffering=1) as out:  # noqa: ASYNC230
         port = options.port or (HTTP_PORT if options.probe == "count" else ECHO_PORT)
         if options.probe == "count":
@@ -249,9 +253,47 @@ async def _main(options: argparse.Namespace) -> None:
                 await ping(options.address, out, stop, interval_s=interval_s)
 
 
+# Gentle: for hours, beside daemons and guests that share the processors.
+ALL_INTERVALS_S = {"count": 0.02, "stream": 0.02, "udp": 0.02, "ping": 0.05}
+
+
+async def _all(options: argparse.Namespace, folder: Path, stop: asyncio.Event) -> None:
+    folder.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240
+    address, timeout_s = options.address, options.timeout
+    with contextlib.ExitStack() as stack:
+        out = {
+            probe: stack.enter_context((folder / probe).open("w", buffering=1)) for probe in ALL_INTERVALS_S
+        }
+        await asyncio.gather(
+            *(
+                count(
+                    worker,
+                    address,
+                    HTTP_PORT,
+                    out["count"],
+                    stop,
+                    interval_s=ALL_INTERVALS_S["count"],
+                    reconnect=options.reconnect,
+                    timeout_s=timeout_s,
+                )
+                for worker in range(options.connections)
+            ),
+            stream(
+                address,
+                ECHO_PORT,
+                out["stream"],
+                stop,
+                interval_s=ALL_INTERVALS_S["stream"],
+                timeout_s=timeout_s,
+            ),
+            udp(address, ECHO_PORT, out["udp"], stop, interval_s=ALL_INTERVALS_S["udp"]),
+            ping(address, out["ping"], stop, interval_s=ALL_INTERVALS_S["ping"]),
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="testbed.client", description="Counts through the guest.")
-    parser.add_argument("probe", choices=("count", "stream", "udp", "ping"))
+    parser.add_argument("probe", choices=("count", "stream", "udp", "ping", "all"))
     parser.add_argument("address")
     parser.add_argument("--port", type=int, help="default: 80 to count, else 7000")
     parser.add_argument("--history", help="file for the JSON lines; default: standard output")

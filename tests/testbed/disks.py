@@ -153,6 +153,7 @@ class LedgerLoad:
 
     node: Node
     workers: int = 3
+    interval_s: float = 0.0  # from an acknowledgement to the next row
     acknowledged: dict[int, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -178,6 +179,8 @@ class LedgerLoad:
                     return
                 number += 1
                 self.acknowledged[worker] = number
+                if self.interval_s:
+                    await asyncio.sleep(self.interval_s)
         except (OSError, TimeoutError) as error:
             self.errors.append(f"worker {worker}: {error!r}")
         finally:
@@ -196,6 +199,11 @@ class LedgerLoad:
             if self.errors or time.monotonic() > deadline:
                 raise TestbedError(f"{self.total} rows instead of {wanted}: {self.errors}")
             await asyncio.sleep(0.02)
+
+    def cancel(self) -> None:
+        """Stop at once, whatever is under way."""
+        for task in self._tasks:
+            task.cancel()
 
     async def stop(self) -> None:
         """Stop, after each worker's row is acknowledged."""

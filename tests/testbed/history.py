@@ -241,10 +241,13 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def stream_problems(samples: Iterable[Sample]) -> list[str]:
-    """A stream over one connection must answer line N with the number N, each once and in order."""
+def stream_problems(samples: Iterable[Sample], before: int = 0) -> list[str]:
+    """A stream over one connection must answer line N with the number N, each once and in order.
+
+    `before`: lines of the stream that were judged already.
+    """
     lines = []
-    expected = 0
+    expected = before
     for sample in samples:
         if sample.probe != "stream":
             continue

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from testbed.filters import DROP_ALL, drop_address, drop_tcp_port
 from testbed.namespaces import NAMESPACES, call_in_namespace
 
 NET = "10.77.0"
@@ -54,8 +55,6 @@ SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
 
-# A classic BPF program of one instruction: return TC_ACT_SHOT. Needs neither nft nor iptables.
-DROP_ALL = "1,6 0 0 2,"
 # Frames arrive at the switch's port when the host sends, and leave it when the host is sent to.
 Direction = Literal["both", "from-host", "to-host"]
 HOOKS: dict[str, tuple[str, ...]] = {
@@ -179,6 +178,7 @@ class Node:
         self.number = number
         self.namespace = network.namespace(name)
         self.inode = 0
+        self._cuts: dict[tuple[str, str], tuple[Direction, str]] = {}  # by segment and name
 
     @property
     def address(self) -> str:
@@ -330,39 +330,73 @@ class Host(Node):
 
     def cut_link(self, direction: Direction = "both") -> None:
         """Drop what goes over the daemons' link, silently: the carrier stays. Clients reach the guest."""
-        self._drop("link", direction)
+        self._cut("link", "link", direction, DROP_ALL)
 
     def restore_link(self) -> None:
         """Undo cut_link()."""
-        self._drop("link", None)
+        self._mend("link", "link")
+
+    def cut_from(self, other: "Host", direction: Direction = "both") -> None:
+        """Drop what goes over the link between this host and another: both still reach everybody else."""
+        self._cut("link", f"from {other.name}", direction, drop_address(other.link_address))
+
+    def restore_from(self, other: "Host") -> None:
+        """Undo cut_from()."""
+        self._mend("link", f"from {other.name}")
+
+    def cut_port(self, port: int, direction: Direction = "both") -> None:
+        """Drop TCP segments of one port, whichever side's it is, that go over this host's link."""
+        self._cut("link", f"port {port}", direction, drop_tcp_port(port))
+
+    def restore_port(self, port: int) -> None:
+        """Undo cut_port()."""
+        self._mend("link", f"port {port}")
 
     def cut_side(self, direction: Direction = "both") -> None:
         """The same for the further path of heartbeats."""
-        self._drop("side", direction)
+        self._cut("side", "side", direction, DROP_ALL)
 
     def restore_side(self) -> None:
         """Undo cut_side()."""
-        self._drop("side", None)
+        self._mend("side", "side")
 
     def cut_network(self, direction: Direction = "both") -> None:
-        """The same for the cable to the clients; the link stays whole."""
-        self._drop("net", direction)
+        """Drop what goes over the cable to the clients; the link stays whole."""
+        self._cut("net", "network", direction, DROP_ALL)
 
     def restore_network(self) -> None:
         """Undo cut_network()."""
-        self._drop("net", None)
+        self._mend("net", "network")
 
-    def _drop(self, segment: str, direction: Direction | None) -> None:
+    def restore_all(self) -> None:
+        """Undo every cut."""
+        self._cuts.clear()
+        for segment in self.network.segments:
+            self._drop(segment)
+
+    def _cut(self, segment: str, name: str, direction: Direction, program: str) -> None:
+        self._cuts[segment, name] = (direction, program)
+        self._drop(segment)
+
+    def _mend(self, segment: str, name: str) -> None:
+        self._cuts.pop((segment, name), None)
+        self._drop(segment)
+
+    def _drop(self, segment: str) -> None:
         switch, port = self.network.namespace("switch"), f"{segment}-{self.name}"
         qdiscs = _tool(["tc", "-n", switch, "qdisc", "show", "dev", port])
-        if "clsact" in qdiscs:
-            _tool(["tc", "-n", switch, "qdisc", "del", "dev", port, "clsact"])
-        if direction is None:
-            return
         # One batch, so that both directions are cut within a fraction of a millisecond.
-        lines = [f"qdisc add dev {port} clsact"]
-        lines += [f'filter add dev {port} {hook} bpf da bytecode "{DROP_ALL}"' for hook in HOOKS[direction]]
-        _tool(["tc", "-n", switch, "-batch", "-"], "\n".join(lines) + "\n")
+        lines = [f"qdisc del dev {port} clsact"] if "clsact" in qdiscs else []
+        cuts = [cut for (where, _), cut in self._cuts.items() if where == segment]
+        if cuts:
+            lines.append(f"qdisc add dev {port} clsact")
+        for preference, (direction, program) in enumerate(cuts, 1):
+            lines += [
+                f'filter add dev {port} {hook} pref {preference} bpf da bytecode "{program}"'
+                for hook in HOOKS[direction]
+            ]
+        if lines:
+            _tool(["tc", "-n", switch, "-batch", "-"], "\n".join(lines) + "\n")
 
     def limit_link(self, bits_per_second: int | None) -> None:
         """Make the link that slow in the direction that leaves this host; None: as fast as it can."""
@@ -404,6 +438,7 @@ class Host(Node):
         self._build()
 
     def _demolish(self) -> None:
+        self._cuts.clear()
         # The kernel takes a namespace down in the background, and the ports' names are needed again at once.
         for port in self.ports:
             _tool(["ip", "-n", self.network.namespace("switch"), "link", "del", port])

@@ -54,8 +54,13 @@ class Daemon:
         self.log = folder / "ftd.log"
         self.console = Console(folder / "console")
         self.run_dir = folder / "run"
+        self.data_port: int = config["link"].get("port", 7788)
+        self.heartbeat_port: int = config["link"].get("heartbeat_port", 7789)
+        heartbeat = config["heartbeat"]
+        self.heartbeat_limit_s: float = heartbeat["interval_ms"] * heartbeat["misses"] / 1000
         self.process: asyncio.subprocess.Process | None = None
         self.last_status: Table = {}
+        self.environment: dict[str, str] = {}  # of the daemon, beside this process's
         self._session: aiohttp.ClientSession | None = None
         for path in (folder, self.run_dir):
             path.mkdir(parents=True, exist_ok=True)
@@ -69,7 +74,7 @@ class Daemon:
                 [sys.executable, "-m", "ftd", "run", self.config],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **self.environment},
                 cwd=self.folder,
             )
 

@@ -1,8 +1,6 @@
 """Takeovers at random moments under clients of every kind, and what the clients say of them.
 
-    python -m testbed.survival --qemu FILE [--count N] [--seed FIRST]
-
-Called by scripts/soak, which prepares everything. A seed decides everything that chance decides.
+A seed decides everything that chance decides. scripts/soak does many of them.
 """
 
 import argparse
@@ -12,7 +10,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,10 +20,11 @@ from rich.table import Table
 
 from testbed.client import REQUEST_TIMEOUT_S, CounterClient, read_counter
 from testbed.guarded import console_faults, defects, linux_guest, wait_ready
-from testbed.guest import Guest, build
+from testbed.guest import Guest
 from testbed.history import History, as_reads, stream_problems, value_problems
 from testbed.hosts import Death, Node, TestbedError, TestNetwork
 from testbed.pair import Pair
+from testbed.speakers import Speakers
 
 Kill = Literal["primary-host", "primary-qemu", "primary-daemon"]
 # The death of the host is what all of this is for, so it comes most often.
@@ -187,7 +186,10 @@ async def protected_pair(
         await wait_ready(pair.backup)
         await pair.primary.start()
         await pair.wait_protected()
-        yield pair
+        async with Speakers(network) as speakers:
+            yield pair
+    if found := speakers.problems():
+        raise TestbedError("; ".join(found[:3]))
 
 
 async def _one(plan: Plan, qemu: Path) -> dict[str, Any]:
@@ -221,7 +223,8 @@ def _row(told: dict[str, Any]) -> list[str]:
     ]
 
 
-async def _main(options: argparse.Namespace) -> int:
+async def takeovers(options: argparse.Namespace) -> int:
+    """Do `options.count` of them and print a table; returns an exit code."""
     progress = Screen(stderr=True, highlight=False)
     rows = []
     began = time.monotonic()
@@ -245,29 +248,3 @@ async def _main(options: argparse.Namespace) -> int:
     Screen(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
     print(f"{len(rows)} takeovers, {failed} with problems")
     return int(failed > 0)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="soak", description="Takeovers at random moments.")
-    parser.add_argument("--qemu", type=Path, help="the patched QEMU; default: what scripts/build-qemu built")
-    parser.add_argument("--count", type=int, default=30, help="takeovers (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
-    parser.add_argument("--kill", choices=sorted(set(KILLS)), help="default: as the seed decides")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    options = parser.parse_args(arguments)
-
-    async def run() -> int:
-        if options.qemu is None:
-            options.qemu = await build("scripts/build-qemu") / "bin/qemu-system-x86_64"
-        return await _main(options)
-
-    try:
-        return asyncio.run(run())
-    except TestbedError as error:
-        print(f"soak: error: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
