@@ -709,20 +709,18 @@ class Backup:
         try:
             nics = self._config.machine.nic
             running = await start_shadow(qemu.monitor, shadow, image, nics, resume=loss.resume)
-        except TakeoverRefused as error:
-            copies.open()
+        except (TakeoverRefused, QemuError, HostError) as error:
+            # This side has the authority by now, and a QEMU that is of no use: no session can follow.
             report.metrics.takeovers_refused.inc()
-            report.machine.move(PairState.WAITING, str(error))
-            return None
-        except QemuError as error:
-            report.metrics.takeovers_refused.inc()
-            if self._inquiry.decides:
-                raise QemuDied(
-                    f"this node has won the guest, and could not start it: {friendly(error)}; start the "
-                    "daemon again to have the guest boot here"
-                ) from None
-            report.machine.move(PairState.WAITING, f"the shadow did not start: {friendly(error)}")
-            return f"it did not take the state of epoch {epoch}: {friendly(error)}"
+            remedy = (
+                "start the daemon again to have the guest boot here"
+                if self._inquiry.decides
+                else "the guest is not running here, and nobody knows whether it runs on the other host"
+            )
+            raise QemuDied(
+                f"this node has won the guest, and could not start it from epoch {epoch}: "
+                f"{friendly(error)}; {remedy}"
+            ) from None
         report.set_generation(generation + 1)
         report.committed = epoch
         status = await qemu.monitor.execute("query-status")
