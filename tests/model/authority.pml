@@ -16,7 +16,7 @@
  *   end states     nobody is stuck
  *
  * Mutants, each a rule left out, which have to be refuted: NO_CAS, RELEASE_EARLY, TAKE_UNACKED, NO_PAIRING,
- * NO_DOUBT. Names are those of ftd/authority.py.
+ * NO_DOUBT, NO_QUIET (a daemon is replaced with frames under way), NO_HOLD (its successor does not ask). Names are those of ftd/authority.py.
  */
 
 /* The size of the search; the test asks for a smaller one where it looks for cycles. */
@@ -25,6 +25,9 @@
 #define LOSSES 2 /* how often each side may take the other for lost */
 #define DROPS 1  /* answers of the arbiter that get lost, or come too late */
 #define ASKS 4   /* different questions of each side */
+#endif
+#ifndef RESTARTS
+#define RESTARTS 1 /* of a daemon, in place; of either side, which is the same here */
 #endif
 
 mtype = { EMPTY, GUARDING, CLAIMING, DOUBTING, ALONE, PAIRED, ASKING, UNSURE, DEPOSED, DEAD };
@@ -51,6 +54,7 @@ byte released = 0;      /* newest epoch of which something went out */
 bool holding = false;   /* output commit is in force in QEMU */
 bool pairing = false;   /* P has asked for the pairing of this session, and has no answer */
 bool paired = false;    /* and has the answer */
+bool p_away = false;    /* there is no session since a daemon is being replaced: P is to go on over another one */
 byte p_waits = 0;       /* number of P's question that is not answered; 0: none */
 byte p_expected = 0;
 mtype p_want = SOLO;
@@ -59,6 +63,8 @@ byte p_asked = 0;
 byte shadow = 0;        /* epoch of B's shadow; 0: none */
 bool torn = false;      /* B's shadow has half a frame in it */
 byte acknowledged = 0;  /* newest epoch that B has acknowledged in this session */
+bool first = false;     /* the next frame completes a copy; any other one needs the one before it */
+bool b_away = false;    /* the same as p_away: B keeps its shadow, and waits before it claims */
 bool b_ever_ran = false;
 byte b_waits = 0;
 byte b_expected = 0;
@@ -68,7 +74,7 @@ chan frames = [2] of { byte };
 chan acks = [2] of { byte };
 byte arriving = 0;      /* epoch whose frame has come half */
 
-byte p_losses = 0, b_losses = 0, drops = 0;
+byte p_losses = 0, b_losses = 0, drops = 0, restarts = 0;
 bool hope = false;      /* P died, and B could go on */
 
 #define p_alive (p != DEAD && p != DEPOSED)
@@ -129,6 +135,13 @@ end:
 
 /* ---- P ---- */
 
+#ifdef NO_QUIET
+#define ALL_COMMITTED true
+#define RESUMABLE (b == GUARDING && b_away)
+#else
+#define ALL_COMMITTED (empty(frames) && empty(acks) && arriving == 0)
+#define RESUMABLE (b == GUARDING && b_away && acknowledged == epoch - 1)
+#endif
 #define P_MAY_CONNECT (p == ALONE || p == ASKING || P_CARELESS)
 #ifdef NO_DOUBT
 #define P_CARELESS (p == UNSURE)
@@ -147,10 +160,34 @@ end:
 
     /* A session begins; B throws its shadow away. */
     :: atomic { !p_session && !b_session && P_MAY_CONNECT && p_waits == 0 &&
-                (b == EMPTY || b == CLAIMING || B_CARELESS) && b_waits == 0 ->
+                (b == EMPTY || b == CLAIMING || (b == GUARDING && b_away) || B_CARELESS) && b_waits == 0 ->
         flush();
-        p_session = true; b_session = true; pairing = false; paired = false;
-        b = EMPTY; shadow = 0; torn = false; acknowledged = 0 }
+        p_session = true; b_session = true; pairing = false; paired = false; b_away = false;
+        b = EMPTY; shadow = 0; torn = false; acknowledged = 0; first = true }
+
+    /* A daemon is to be replaced. Both sides agree when all that was closed is acknowledged; P may not hear it. */
+    :: atomic { p == PAIRED && p_session && b_session && paired && b == GUARDING && restarts < RESTARTS &&
+                ALL_COMMITTED ->
+        flush();
+        restarts++; p_session = false; b_session = false; b_away = true;
+        if
+        :: p_away = true
+        :: p = ASKING; p_waits = 0
+        fi }
+
+    /* It is back: the session goes on with what both hold, if B has not given up to wait. */
+    :: atomic { p == PAIRED && p_away && RESUMABLE ->
+        flush();
+        p_away = false; b_away = false; p_session = true; b_session = true }
+
+    /* P gives up to wait: as if it had lost B. */
+    :: atomic { p == PAIRED && p_away -> p_away = false; p_waits = 0;
+#ifdef NO_HOLD
+        p = ALONE; holding = false
+#else
+        p = ASKING
+#endif
+        }
 
     /* An epoch is closed: from the first checkpoint on output is held. */
     :: atomic { p_alive && p_session && epoch < EPOCHS && nfull(frames) ->
@@ -248,7 +285,7 @@ end:
         :: p == PAIRED && (b == GUARDING || b == CLAIMING || b == DOUBTING) && said == PAIR -> hope = true
         :: else
         fi;
-        p = DEAD; p_session = false; holding = false; p_waits = 0 }
+        p = DEAD; p_session = false; p_away = false; holding = false; p_waits = 0 }
     od
 }
 
@@ -267,7 +304,12 @@ end:
 #endif
         }
     :: atomic { b_session && (b == EMPTY || b == GUARDING) && arriving != 0 && nfull(acks) ->
-        shadow = arriving; acknowledged = arriving; torn = false;
+        if
+        :: first -> first = false; torn = false
+        :: !first && arriving != shadow + 1 -> torn = true
+        :: else
+        fi;
+        shadow = arriving; acknowledged = arriving;
         if
         :: p_session -> acks!arriving
         :: else
@@ -285,6 +327,9 @@ end:
         :: b == GUARDING -> b = CLAIMING
         :: else
         fi }
+
+    /* The time to wait for a daemon that is being replaced is over. */
+    :: atomic { b == GUARDING && b_away -> b_away = false; b = CLAIMING }
 
     /* The question for generation + 1. Only a record that names B as the backup lets it ask. */
     :: atomic { b == CLAIMING && !b_session && b_waits == 0 && nfull(questions) ->
@@ -325,7 +370,7 @@ end:
 
     /* The host dies: one of the two at most. */
     :: atomic { b != DEAD && b != ALONE && p_alive ->
-        b = DEAD; b_session = false; b_waits = 0; arriving = 0 }
+        b = DEAD; b_session = false; b_away = false; b_waits = 0; arriving = 0 }
     od
 }
 

@@ -54,6 +54,8 @@ def test_output_flows_in_the_end_while_the_arbiter_and_one_host_live(tmp_path: P
         ("RELEASE_EARLY", r"released<=shadow"),  # what was seen is undone
         ("TAKE_UNACKED", r"torn.*shadow==acknowledged"),  # half a frame is started
         ("NO_PAIRING", r"b_owns"),  # a backup that nobody wrote down takes over
+        ("NO_QUIET", r"torn|released<=shadow"),  # frames under way are lost when a daemon is replaced
+        ("NO_HOLD", r"b==6|b_owns|released<=shadow"),  # a successor that nobody waited for lets output go
         ("NO_DOUBT", r"b_owns|released<=shadow"),  # protection begins while a question is out
     ],
 )
