@@ -91,15 +91,18 @@ class FrameAssembler:
     the stream are still good is then a guess. The session ends, and the next one begins with a sync and a new
     assembler.
 
+    `after`: the stream goes on after that epoch, which an earlier one has committed, instead of with a sync.
     `limit` bounds the bytes of an incomplete frame. It must be less than the limit of the receive buffers, or
     a frame waits for buffers that only its own completion would free. `memory_limit` bounds the bytes of all
     blocks: during a sync, one byte is kept for each page.
     """
 
-    def __init__(self, generation: int, *, limit: int, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(
+        self, generation: int, *, limit: int, memory_limit: int = MEMORY_LIMIT, after: int | None = None
+    ) -> None:
         self.generation = generation
         self.limit = limit
-        self.last_epoch: int | None = None
+        self.last_epoch: int | None = after
         """Epoch of the last whole frame; None while syncing."""
         self._epoch: int | None = None
         self._next_part = 0

@@ -12,6 +12,8 @@ shadow worthless, and the backup waits for the next one. What ends a session, an
     cut                only the link is lost: the primary is heard elsewhere   let it ask first, then ask
     QemuLost           the primary's QEMU is gone, its daemon says so          ask the arbiter, take over
     Yield              a switchover                                            ask the arbiter, take over
+    Restarting         the primary's daemon is about to be replaced            wait for the next one, then
+                                                                               as if the primary were lost
     goodbye            a planned stop                                          wait
     protocol, stalled  the primary is there, but what it sends is of no use    wait; it copies anew
     GuestStopped       the guest shut down                                     end
@@ -35,6 +37,7 @@ from typing import Any
 
 import ftd
 from ftd import log, tap
+from ftd.absence import LEAVE_SECONDS, Away, agree_to_wait, leave, wait_applied
 from ftd.arbiter import Record
 from ftd.assembly import receive_limits
 from ftd.authority import Authority, Event, Standing, may_begin_session
@@ -64,6 +67,8 @@ from ftd.messages import (
     Hello,
     QemuLost,
     Refusal,
+    RestartAgreed,
+    Restarting,
     Resync,
     TookOver,
     VerifyResult,
@@ -78,6 +83,7 @@ from ftd.report import Report
 from ftd.shadow import Shadow
 from ftd.state import PairState
 from ftd.status import Difference, QemuStatus, VerifyReport
+from ftd.succession import Handed, Succession
 from ftd.takeover import LoadImage, start_shadow
 from ftd.wire import LinkLost, LostKind
 
@@ -88,6 +94,9 @@ ASK_AGAIN_SECONDS = 0.5
 
 # For a primary that lives behind a link that is cut to have asked the arbiter before this side does.
 FIRST_SAY_SECONDS = 2.0
+
+# Between two looks at a session that was admitted and is not complete, when the time to wait is over.
+FORMING_SECONDS = 0.05
 
 # How often what was written to the disks is made durable.
 DISK_SYNC_SECONDS = 2.0
@@ -126,7 +135,10 @@ class _Loss:
 
 
 class Backup:
-    """The backup's part of a node's life. Made once; `run` returns how it ended."""
+    """The backup's part of a node's life. Made once; `run` returns how it ended.
+
+    handed: what a predecessor has left, with the QEMU of its shadow, to go on with.
+    """
 
     def __init__(
         self,
@@ -135,6 +147,7 @@ class Backup:
         options: LinkOptions,
         inquiry: Inquiry,
         partner: Partner,
+        handed: tuple[Handed, QemuProcess] | None = None,
     ) -> None:
         self._config = config
         self._report = report
@@ -142,8 +155,12 @@ class Backup:
         self._options = replace(options, paths=()) if partner.address.chosen else options
         self._partner = partner
         self._inquiry = inquiry
-        self._authority = Authority(Standing.EMPTY, report.on_authority)
-        report.set_standing(Standing.EMPTY)
+        standing = Standing.EMPTY if handed is None else Standing.GUARDING
+        self._authority = Authority(standing, report.on_authority)
+        report.set_standing(standing)
+        self._handed = handed
+        self._away: Away | None = None
+        self._leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._forced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._claimable = False  # the shadow could be started now
         self._on_generation: Callable[[int], None] = lambda generation: None
@@ -173,12 +190,26 @@ class Backup:
             self._forced.set_result(None)
         return "the shadow is being started; see ftd status"
 
+    def restart(self) -> str | None:
+        """Have `run` end with a Succession whose successor goes on with this shadow.
+
+        Returns what is done; None if there is no shadow to go on with: the daemon is then to be stopped as
+        planned. What the primary says or suffers comes first.
+        """
+        grace = self._config.node.restart_grace_ms
+        if self._report.machine.state is not PairState.PROTECTED or self._away is not None or not grace:
+            return None
+        if not self._leaving.done():
+            self._leaving.set_result(None)
+        return f"{self._report.peer_name} is asked to wait up to {grace / 1000:g} s for it"
+
     async def run(self) -> TakenOver | GuestEnded:
         """Wait for primaries and guard their guest.
 
         Raises HostError or QemuError if the shadow cannot be had.
 
-        Cancelled, it takes its leave of the primary and ends the shadow.
+        Cancelled, it takes its leave of the primary and ends the shadow. Raises Succession when this daemon's
+        part is over since it is to be replaced: see `restart`.
         """
         link = self._config.link
         listener = Listener(
@@ -192,7 +223,8 @@ class Backup:
             on_rejected=self._on_rejected,
             on_lateness=self._report.metrics.loop_lag.set,
         )
-        qemu = await self._start_qemu()
+        self._listener = listener
+        qemu = await (self._start_qemu() if self._handed is None else self._adopt_qemu(self._handed[1]))
         try:
             await listener.start()
             while True:
@@ -207,16 +239,23 @@ class Backup:
                 self._description = None
                 await qemu.kill()
                 qemu = await self._start_qemu()
+        except Succession as succession:
+            await (qemu.kill() if succession.handed is None else qemu.detach())
+            raise
         except BaseException:
             await qemu.kill()
             raise
         finally:
             await listener.close()
+            while not self._arrived.empty():
+                self._arrived.get_nowait().abort("this side is no backup any more")
 
     async def _start_qemu(self) -> QemuProcess:
         # Before as well: once QEMU has opened a tap that is up, the kernel keeps what arrives.
         tap.switch(self._config.machine.nic, up=False, missing_ok=True)
-        qemu = await QemuProcess.start(self._config, incoming=True)
+        return await self._adopt_qemu(await QemuProcess.start(self._config, incoming=True))
+
+    async def _adopt_qemu(self, qemu: QemuProcess) -> QemuProcess:
         try:
             tap.switch(self._config.machine.nic, up=False)
             await require_patched(qemu.monitor)
@@ -237,8 +276,10 @@ class Backup:
         own = self._description
         if not may_begin_session(self._authority.standing):
             return Refusal(reason="the arbiter has not answered a question of this node; try again")
-        if own is None or self._guarding:
+        if own is None or self._guarding or self._handed is not None or self._leaving.done():
             return Refusal(reason="the shadow is not ready; try again")
+        if hello.resume is not None and not self._may_resume(hello):
+            return Refusal(reason="what was committed before is not held here any more", lost=True)
         if self._disk_failure and time.monotonic() - self._disk_failed_at < AFTER_DISK_FAILURE_SECONDS:
             return Refusal(reason=f"waiting a while after a failure: {self._disk_failure}")
         for marker in self._markers:
@@ -272,6 +313,11 @@ class Backup:
         self._arrived.put_nowait(session)
         self._arrival.set()
 
+    def _may_resume(self, hello: Hello) -> bool:
+        """Whether the shadow is what the primary has left off with, and nobody has asked for it since."""
+        guards = self._authority.standing is Standing.GUARDING
+        return guards and self._away is not None and self._away.fits(hello)
+
     def _on_rejected(self, reason: Rejection) -> None:
         self._report.metrics.link_rejected.labels(reason=reason).inc()
 
@@ -291,27 +337,136 @@ class Backup:
             raise
         memory_limit = sum(block["max-length"] for block in info["blocks"])
         gone = asyncio.ensure_future(qemu.wait())
+        outcome: TakenOver | GuestEnded | Away | str | None
         try:
+            if self._handed is not None:
+                await self._take_up(self._handed[0], shadow)
             while True:
-                arrival = asyncio.ensure_future(self._arrived.get())
-                try:
-                    await asyncio.wait({arrival, gone}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    arrival.cancel()
-                if gone.done():
-                    return f"it ended with status {qemu.exit_status} while it waited"
-                session = arrival.result()
+                session = await self._next_session(gone)
+                away, self._away = self._away, None
+                if session is None or session.hello.resume is None:
+                    self._report.away = ""
                 self._guarding = True
                 try:
-                    outcome = await self._guard(session, qemu, shadow, copies, memory_limit, gone)
+                    if gone.done():
+                        self._spoiled()
+                        if away is not None:
+                            self._report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
+                        return f"it ended with status {qemu.exit_status} while it waited"
+                    if session is not None:
+                        outcome = await self._guard(session, qemu, shadow, copies, memory_limit, gone, away)
+                    else:
+                        assert away is not None
+                        outcome = await self._give_up_waiting(away, qemu, shadow, copies, gone)
                 finally:
                     self._guarding = False
-                if outcome is not None:
+                if isinstance(outcome, Away):
+                    self._wait_for_next_daemon(outcome)
+                elif outcome is not None:
                     return outcome
         finally:
             gone.cancel()
             shadow.close()
             copies.close()
+
+    # ---- a daemon of the pair is replaced -----------------------------------------------------------------
+
+    async def _next_session(self, gone: asyncio.Future[int | None]) -> Session | None:
+        """Return the next session; None when QEMU has ended, or there is no time left to wait for one."""
+        arrival = asyncio.ensure_future(self._arrived.get())
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                away = self._away
+                waits: set[asyncio.Future[Any]] = {arrival, gone}
+                left: float | None = None
+                if away is not None:
+                    waits.add(self._forced)
+                    left = max(0.0, away.deadline - loop.time())
+                    if not left and self._listener.forming:
+                        # It was admitted in time. The primary may take it for a session already.
+                        left = FORMING_SECONDS
+                await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if arrival.done() and not gone.done():
+                    return arrival.result()
+                if gone.done() or away is None or self._forced.done():
+                    return None
+                if loop.time() >= away.deadline and not self._listener.forming and self._arrived.empty():
+                    return None
+        finally:
+            if not arrival.done():
+                arrival.cancel()
+
+    def _wait_for_next_daemon(self, away: Away) -> None:
+        """Keep the shadow for as long as was agreed."""
+        self._away = away
+        self._report.away = str(away)
+        grace = round(away.deadline - away.since, 3)
+        self._report.flight.note("away", peer=away.peer_node, own=away.own, epoch=away.epoch, seconds=grace)
+        _log.info("waiting for the primary to go on", peer=away.peer_node, epoch=away.epoch, seconds=grace)
+
+    async def _take_up(self, handed: Handed, shadow: Shadow) -> None:
+        """Go on with what a predecessor has handed on: a shadow that nothing was done to since."""
+        assert handed.backup is not None
+        generation, epoch = handed.generation, handed.epoch
+        try:
+            await asyncio.to_thread(shadow.restore, handed.backup.image, generation, epoch)
+        except (FtdError, OSError) as error:
+            _log.error("the shadow does not go on", reason=friendly(error))
+            self._spoiled()
+            return
+        finally:
+            handed.close()
+            self._handed = None
+        self._on_generation(generation)
+        self._report.set_generation(generation)
+        self._report.epoch, self._report.committed = epoch + 1, epoch
+        self._report.peer_name = handed.peer_node
+        self._claimable = True
+        self._report.machine.move(
+            PairState.PROTECTED, f"the daemon was replaced, and has kept the shadow of epoch {epoch}"
+        )
+        now = time.monotonic()
+        left = max(0.0, handed.deadline - handed.began)
+        self._wait_for_next_daemon(Away(handed.peer_node, generation, epoch, True, now, now + left))
+
+    async def _give_up_waiting(
+        self,
+        away: Away,
+        qemu: QemuProcess,
+        shadow: Shadow,
+        copies: Copies,
+        gone: asyncio.Future[int | None],
+    ) -> TakenOver | GuestEnded | str | None:
+        """The time that was agreed is over, or an operator does not want to wait for its end."""
+        decided = time.monotonic()
+        waited = f"{away.peer_node} did not come back within {decided - away.since:.1f} s"
+        if self._forced.done():
+            loss = _Loss("forced", "asked for by an operator", decided, decided)
+        elif away.own and not self._inquiry.decides:
+            # It is this side that was away, and the primary has gone on alone. There is nobody to ask.
+            reason = f"this daemon was replaced, and {waited}: it may run the guest alone"
+            self._authority.on(Event.LOST)
+            self._report.machine.move(PairState.HELD, reason)
+            self._guarding = False
+            waits: set[asyncio.Future[Any]] = {gone, self._forced}
+            while self._arrived.empty():
+                await asyncio.wait(waits, timeout=ASK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    self._spoiled()
+                    self._report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
+                    return "it ended while this node was held"
+                if self._forced.done():
+                    break
+            else:
+                return None
+            self._guarding = True
+            decided = time.monotonic()
+            loss = _Loss("forced", "asked for by an operator", decided, decided)
+        else:
+            loss = _Loss("restart-overdue", waited, away.since, decided)
+        self._report.flight.note("session-lost", reason=f"{loss.trigger}: {waited}")
+        return await self._take_over(loss, qemu, shadow, copies, away.generation, gone)
 
     async def _guard(
         self,
@@ -321,31 +476,49 @@ class Backup:
         copies: Copies,
         memory_limit: int,
         gone: asyncio.Future[int | None],
-    ) -> TakenOver | GuestEnded | str | None:
-        """One session. Returns None when the backup goes back to waiting."""
+        away: Away | None = None,
+    ) -> TakenOver | GuestEnded | Away | str | None:
+        """One session. Returns None when the backup goes back to waiting.
+
+        away: what it may go on from. It does if its hello says so, for that was asked when it was admitted.
+        """
         report = self._report
         generation = session.hello.generation
         failure: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        resumes = session.hello.resume is not None
+        if resumes and away is None:
+            # Another session was faster, or the shadow was claimed. The primary has to hear that.
+            session.abort("what was committed before is not held here any more")
+            return None
         self._on_generation(generation)
-        self._authority.on(Event.SYNC)
-        self._claimable = False
         self._forced = asyncio.get_running_loop().create_future()
         disk_failed = False
         copied = asyncio.Event()  # once a frame is committed
         report.set_generation(generation)
         report.session_began(session)
-        report.begin_sync()
-        report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
-        shadow.begin_sync(generation)
-        report.flight.note("session", peer=session.peer_node, generation=generation)
-        if not await self._mark(Worth.SYNCING, generation):
-            report.session_ended()
-            await session.close("the disks here cannot be marked as incomplete")
-            report.machine.move(PairState.WAITING, "the disks here cannot be marked as incomplete")
-            return None
+        report.flight.note("session", peer=session.peer_node, generation=generation, resumes=resumes)
+        if resumes:
+            copied.set()
+        else:
+            self._authority.on(Event.SYNC)
+            self._claimable = False
+            report.begin_sync()
+            report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
+            shadow.begin_sync(generation)
+            if not await self._mark(Worth.SYNCING, generation):
+                report.session_ended()
+                await session.close("the disks here cannot be marked as incomplete")
+                report.machine.move(PairState.WAITING, "the disks here cannot be marked as incomplete")
+                return None
+        resumed = not resumes  # once a frame is committed
 
         def on_committed(frame: Committed) -> None:
+            nonlocal resumed
             report.epoch = frame.epoch + 1
+            if not resumed:
+                resumed = True
+                report.away = ""
+                report.resumed(frame.epoch, None)
             report.committed_epoch(frame.epoch)
             if copies.images:
                 report.journal(frame.requests, frame.journal_bytes)
@@ -376,13 +549,23 @@ class Backup:
             on_applied=lambda epoch, seconds: report.disks_applied(seconds) if copies.images else None,
             copies=copies,
             replicate=self._config.disks.apply,
+            after=away.epoch if away is not None and resumes else None,
         )
         messages = asyncio.ensure_future(self._listen(session, receiver, shadow))
         keeper = asyncio.ensure_future(self._keep_disks(copies, copied, generation, on_failed))
         lost = asyncio.ensure_future(session.wait_lost())
         try:
-            ends: set[asyncio.Future[Any]] = {messages, lost, gone, failure, self._forced}
+            ends: set[asyncio.Future[Any]] = {messages, lost, gone, failure, self._forced, self._leaving}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._leaving.done():
+                ends.remove(self._leaving)
+                if not any(end.done() for end in ends):
+                    grace = self._config.node.restart_grace_ms
+                    me = (self._config.node.name, qemu.pid)
+                    if (left := await leave(session, messages, shadow, grace, *me)) is not None:
+                        raise left
+                self._leaving = asyncio.get_running_loop().create_future()
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
                 with contextlib.suppress(FtdError):
                     await session.send(QemuLost(detail=f"it ended with status {qemu.exit_status}"))
@@ -405,7 +588,22 @@ class Backup:
                 return None
             # What the primary said last decides; when the session ends, that is read before anything else.
             said = await messages if messages.done() or lost.done() else None
+            next_daemon = None
+            if isinstance(said, Restarting):
+                messages = asyncio.ensure_future(self._listen(session, receiver, shadow))
+                guards = report.machine.state is PairState.PROTECTED
+                grace = self._config.node.restart_grace_ms if guards else 0
+                next_daemon = await agree_to_wait(session, said, shadow, grace)
+                ends = {lost, gone}
+                await asyncio.wait(ends, timeout=LEAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if session.lost is None:
+                    session.abort("the primary said that its daemon is replaced, and stayed")
+                    await lost
+                said = await messages  # the guest may have ended
+                await receiver.drain()
             decided = time.monotonic()
+            if next_daemon is not None and said is None and not gone.done():
+                return next_daemon
             report.flight.note(
                 "session-lost",
                 reason=said.kind if said is not None else str(session.lost or "ended here"),
@@ -420,7 +618,7 @@ class Backup:
                 return GuestEnded(said.reason)
             if isinstance(said, Yield):
                 try:
-                    await self._wait_applied(shadow, said.epoch)
+                    await wait_applied(shadow, said.epoch)
                 except TimeoutError:
                     session.abort("the last epoch was not applied")
                     await receiver.drain()
@@ -459,6 +657,7 @@ class Backup:
             messages.cancel()
             lost.cancel()
             keeper.cancel()
+            report.away = ""
             report.session_ended()
             if session.lost is None:
                 session.abort("this side is done with the session")
@@ -504,12 +703,14 @@ class Backup:
 
     async def _listen(
         self, session: Session, receiver: Receiver, shadow: Shadow
-    ) -> GuestStopped | QemuLost | Yield | Goodbye | None:
+    ) -> GuestStopped | QemuLost | Yield | Restarting | RestartAgreed | Goodbye | None:
         """Return the message of the primary that ends this session, or None if it ended without one."""
         try:
             while True:
                 message = await session.receive()
-                if isinstance(message, GuestStopped | QemuLost | Yield | Goodbye):
+                if isinstance(message, GuestStopped | QemuLost | Yield | Restarting | Goodbye):
+                    return message
+                if isinstance(message, RestartAgreed) and self._leaving.done():
                     return message
                 if isinstance(message, DiskDigestsWanted):
                     receiver.ask(message)
@@ -518,7 +719,9 @@ class Backup:
         except LinkLost:
             return None
 
-    def _judge(self, session: Session, said: QemuLost | Goodbye | None, decided: float) -> _Loss | None:
+    def _judge(
+        self, session: Session, said: QemuLost | Restarting | RestartAgreed | Goodbye | None, decided: float
+    ) -> _Loss | None:
         """Return why the primary is lost, or None if it is not: pure decision, the table is above."""
         if isinstance(said, QemuLost):
             return _Loss("qemu-died", said.detail, decided, decided)
@@ -589,12 +792,6 @@ class Backup:
 
     # ---- takeover -----------------------------------------------------------------------------------------
 
-    async def _wait_applied(self, shadow: Shadow, epoch: int) -> None:
-        """Return when the shadow is equal to an epoch that is acknowledged, while the session goes on."""
-        async with asyncio.timeout(30):
-            while (shadow.committed_epoch or 0) < epoch:  # noqa: ASYNC110 - the applier's thread is at it
-                await asyncio.sleep(0.001)
-
     async def _claim(
         self, generation: int, loss: _Loss, gone: asyncio.Future[int | None]
     ) -> Outcome | str | None:
@@ -663,7 +860,7 @@ class Backup:
             detail=loss.detail,
             applied_ms=round((time.monotonic() - loss.decided) * 1000, 1),
         )
-        if self._authority.standing is not Standing.EMPTY:
+        if self._authority.knows(Event.LOST) and self._authority.standing is not Standing.EMPTY:
             self._authority.on(Event.LOST)
         image = LoadImage(shadow)  # while the arbiter is asked
         try:

@@ -1,5 +1,7 @@
 """The command line: `ftd run`, `ftd status`, `ftd verify`, `ftd switchover` and others, `ftd version`.
 
+`ftd run` becomes the program that is installed now when `ftd upgrade` asks it to: ftd/succession.py.
+
 Exit codes are those of ftd/errors.py; besides them 0 for success, 1 for `verify` that found differences, 2
 for a wrong command line (argparse's, the same as a wrong configuration), 130 after Ctrl-C and 143 after
 SIGTERM. For `ftd run` both signals are a planned stop, and end with 0.
@@ -54,6 +56,10 @@ _CONTROL_PATIENCE = 70.0
 # The peer has 5 s to send its record.
 _FLIGHT_PATIENCE = 10.0
 
+# While the daemon is replaced; and states in which the next one has found out what it is.
+_UPGRADE_POLL = 0.1
+_SETTLED = frozenset({"protected", "solo", "held", "syncing", "taken-over", "stopped"})
+
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
 _BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -66,15 +72,27 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 def _run(arguments: argparse.Namespace) -> int:
     from ftd import config as configuration
+    from ftd import succession
+    from ftd.notify import VARIABLES
 
     config = configuration.load(arguments.config)
     configuration.check_files(config)
+    if arguments.succeeds is not None:
+        refusal = succession.refusal_to_succeed(arguments.succeeds)
+        if refusal is not None:
+            raise FtdError(refusal)
+        # It has to be whole. And what it is made of is at hand when the guest's output waits for it.
+        from ftd import node  # noqa: F401
     if arguments.check:
         print(f"{arguments.config}: good ({config.node.role} {config.node.name})")
         return 0
     log.set_up(debug=arguments.debug)
     gc.disable()  # a tenth of the start would be looking through what modules make, which stays
-    return asyncio.run(_run_node(config))
+    supervisor = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    try:
+        return asyncio.run(_run_node(config))
+    except succession.Succession as ended:
+        succession.start(ended, supervisor)
 
 
 async def _run_node(config: Config) -> int:
@@ -82,7 +100,7 @@ async def _run_node(config: Config) -> int:
 
     The node may replace both by handlers of its own, once it has something to shut down in order.
     """
-    from ftd import node
+    from ftd import node, succession
 
     # Nor later: an acknowledgement that comes meanwhile would wait for it.
     gc.freeze()
@@ -97,6 +115,7 @@ async def _run_node(config: Config) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
+    succession.listen_to_signals()
     try:
         return await task
     except asyncio.CancelledError:
@@ -197,6 +216,45 @@ def _control(arguments: argparse.Namespace) -> int:
         body=json.dumps(body).encode(),
     )
     print(done.model_dump_json() if arguments.json else done.detail)
+    return 0
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    """Have the daemon replaced, and wait until its successor has the guest protected, or says why not."""
+    url = _url(arguments)
+
+    def read() -> tuple[Status, float]:
+        status = _ask(Status, url, "/status", timeout=5.0)
+        return status, time.monotonic() - status.uptime
+
+    before, began = read()
+    done = _ask(Done, url, "/upgrade", method="POST", timeout=_CONTROL_PATIENCE, body=b"{}")
+    if not arguments.json:
+        print(done.detail, flush=True)
+    deadline = time.monotonic() + arguments.timeout
+    after: Status | None = None
+    while time.monotonic() < deadline:
+        time.sleep(_UPGRADE_POLL)
+        with contextlib.suppress(FtdError):
+            after, started = read()
+            # The same process: only its age tells. A poll may be late.
+            if started < began + _UPGRADE_POLL:
+                after = None
+            elif after.resumption.count or (after.state.value in _SETTLED and not after.away):
+                break
+    if after is None:
+        raise HostError(
+            f"{url}: no other daemon answers after {arguments.timeout:g} s; see its log. The guest is not "
+            "touched; its output stays held until the arbiter has been asked"
+        )
+    if arguments.json:
+        print(after.model_dump_json())
+    elif after.resumption.count:
+        held = after.resumption.held
+        waited = f"; output waited {seconds_text(held)}" if held is not None else ""
+        print(f"ftd {before.version} -> {after.version}: protection goes on, nothing was copied{waited}")
+    else:
+        print(f"ftd {before.version} -> {after.version}: {after.state} ({after.reason})")
     return 0
 
 
@@ -357,6 +415,10 @@ def _status_lines(status: Status) -> Iterator[tuple[str, str]]:
         yield "copy", f"{status.sync.progress:.0%}, round {status.sync.rounds}"
     elif status.sync.seconds is not None:
         yield "copy", f"took {seconds_text(status.sync.seconds)}"
+    if status.resumption.count:
+        times, held = status.resumption.count, status.resumption.held
+        waited = f", output waited {seconds_text(held)}" if held is not None else ""
+        yield "restarted", f"{times} × without a copy, last in epoch {status.resumption.epoch}{waited}"
     if status.sync.disk_bytes:
         sync = status.sync
         yield (
@@ -521,6 +583,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[common], help="be the daemon that a configuration describes")
     run.add_argument("config", metavar="CONFIG", type=Path, help="TOML file")
     run.add_argument("--check", action="store_true", help="check the configuration and do no more")
+    run.add_argument("--succeeds", metavar="PROTOCOL", help=argparse.SUPPRESS)
     run.set_defaults(command=_run)
 
     asking = argparse.ArgumentParser(add_help=False)
@@ -571,6 +634,24 @@ def _parser() -> argparse.ArgumentParser:
                 required=True,
                 help="where the new backup's daemon listens",
             )
+
+    upgrade = commands.add_parser(
+        "upgrade",
+        parents=[common, asking],
+        help="have the daemon replaced by the ftd that is installed now, with the guest protected throughout",
+        description="Ask either node; `systemctl reload` does the same. The new program is tried first, and "
+        "reads the configuration anew. The process stays, output is held for the moment, and nothing is "
+        "copied, if the peer waits ([node] restart_grace_ms) and both versions speak the same protocol. "
+        "Otherwise it is as if the unit was restarted.",
+    )
+    upgrade.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_positive,
+        default=30.0,
+        help="wait this long for the new daemon (default: 30)",
+    )
+    upgrade.set_defaults(command=_upgrade)
 
     why = commands.add_parser(
         "why",

@@ -22,9 +22,10 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ftd import log
+from ftd.carried import Carried
 from ftd.config import Config
 from ftd.disk import Image
 from ftd.disksync import CLOSE_SECONDS, DiskCopy, Questions
@@ -40,6 +41,8 @@ from ftd.messages import (
     DiskVerifyResult,
     GuestStopped,
     QemuLost,
+    RestartAgreed,
+    Restarting,
     Resync,
     SyncProgress,
     TookOver,
@@ -69,6 +72,13 @@ PAUSE_LIMIT_MS = 2000
 
 # A backup that was asked to take over has its arbiter's time limit for it, and a moment to start the guest.
 YIELD_SECONDS = 10.0
+
+# For the backup to say that it waits for this side's next daemon, or to leave when it was told so.
+SUSPEND_SECONDS = 5.0
+
+# What was dirtied while there was no session is sent in live rounds before the first checkpoint, up to so
+# many bytes: they all belong to one frame, which the backup has to hold.
+BACKLOG_BYTES = 256 << 20
 
 # Timers of asyncio are up to a millisecond late, since epoll counts in milliseconds: with this, an epoch is
 # as long as configured on average.
@@ -122,6 +132,14 @@ class Yielded(ProtectionLost):
         super().__init__(reason, resync=False, aborted="stopped")
 
 
+class Suspended(ProtectionLost):
+    """A daemon of the pair is being replaced; protection is to go on over another session."""
+
+    def __init__(self, carried: Carried) -> None:
+        super().__init__("a daemon of the pair is replaced", resync=True, aborted="stopped")
+        self.carried = carried
+
+
 @dataclass
 class _InFlight:
     """A frame that was gathered and is not acknowledged: its bytes, and when the guest ran again."""
@@ -165,7 +183,9 @@ class Protection:
         first_epoch: int,
         *,
         fence: Fence,
+        carried: Carried | None = None,
     ) -> None:
+        """carried: what an earlier session has left, to go on with instead of a copy."""
         self._config = config
         self._report = report
         self._monitor = monitor
@@ -202,6 +222,18 @@ class Protection:
         self._questions = Questions(session.send)
         self._disk_checks: DiskChecks | None = None
         self._group: asyncio.TaskGroup | None = None
+        self._disk_copy: DiskCopy | None = None
+        self._resumed = carried
+        if carried is not None:
+            self._staging, self._release = carried.staging, carried.release
+            self._slot_pages, self._images = carried.slot_pages, carried.images
+            self.committed = True
+        self._backlog = 0  # bytes of the running epoch that were sent before its frame, after a resumption
+        self._suspend_wanted = False
+        self._peer_restarts: Restarting | None = None
+        self._agreed: asyncio.Future[RestartAgreed] = asyncio.get_running_loop().create_future()
+        self._suspended: Carried | None = None
+        self._goes_on = False  # over another session
         self._verify_next = False
         self._verifying: dict[int, asyncio.Future[VerifyReport]] = {}
 
@@ -213,7 +245,7 @@ class Protection:
     @property
     def uncommitted(self) -> int:
         """How many epochs were begun and are not committed: those in flight, and the one that runs."""
-        return len(self._in_flight) + 1
+        return len(self._in_flight) + (not self._goes_on)
 
     async def run(self) -> None:
         """Copy, then close epochs until protection is lost. Never returns otherwise.
@@ -234,6 +266,9 @@ class Protection:
                 group.create_task(self._protect())
         except* (FtdError, OSError) as failures:
             error = _first(failures)
+            if self._suspended is not None and isinstance(error, LinkLost):
+                error = Suspended(self._suspended)  # the session's end is what was waited for
+            self._goes_on = isinstance(error, Suspended)
             self._qemu_died = isinstance(error, QemuDied)
             raise error from None
         finally:
@@ -257,6 +292,8 @@ class Protection:
     # ---- the copy -----------------------------------------------------------------------------------------
 
     async def _protect(self) -> None:
+        if self._resumed is not None:
+            await self._run(await self._go_on(self._resumed))
         await self._begin()
         await self._copy_disks()
         noted = asyncio.ensure_future(self._note_disks())
@@ -271,14 +308,21 @@ class Protection:
         # The arbiter may be slow, and the guest's epochs go on.
         pairing = asyncio.ensure_future(self._pair(first))
         try:
-            while True:
-                if pairing.done():
-                    pairing.result()
-                    if self._yielding:
-                        await self._hand_over()
-                began = await self._run_epoch(began)
+            await self._run(began, pairing)
         finally:
             pairing.cancel()
+
+    async def _run(self, began: float, pairing: asyncio.Future[None] | None = None) -> NoReturn:
+        """Close epoch after epoch. pairing: until it is done, the backup is not relied on."""
+        while True:
+            if pairing is None or pairing.done():
+                if pairing is not None:
+                    pairing.result()
+                if self._yielding:
+                    await self._hand_over()
+                if self._suspend_wanted or self._peer_restarts is not None:
+                    await self._suspend()
+            began = await self._run_epoch(began)
 
     async def _pair(self, first: int) -> None:
         await self._fence.pair()
@@ -309,6 +353,98 @@ class Protection:
             resync=False,
             aborted="stopped",
         )
+
+    # ---- a daemon is replaced -----------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Have this session end with the running epoch, since this side's daemon is to be replaced.
+
+        `run` then raises Suspended, or ProtectionLost if the backup does not wait.
+        """
+        self._suspend_wanted = True
+
+    async def _suspend(self) -> None:
+        """Agree with the backup to go on over another session. Nothing of the running epoch was sent yet."""
+        last = self._epoch - 1
+        mine = self._config.node.restart_grace_ms
+        peer = self._peer_restarts
+        if peer is not None and not mine:
+            self._peer_restarts = None
+            await self._session.send(RestartAgreed(epoch=last, grace_ms=0))
+            return
+        await self._wait_for(lambda: not self._in_flight)
+        began = time.monotonic()
+        if peer is not None:
+            grace = min(peer.grace_ms, mine)
+            self._suspended = self._carry(began, grace, own=False)
+            await self._session.send(RestartAgreed(epoch=last, grace_ms=grace))
+            await asyncio.sleep(SUSPEND_SECONDS)  # the session's end comes first
+            self._suspended = None
+            why = "said that it restarts, and stayed"
+        else:
+            await self._session.send(Restarting(epoch=last, grace_ms=mine))
+            why = f"did not say within {SUSPEND_SECONDS:g} s whether it waits for the next daemon"
+            with contextlib.suppress(TimeoutError):
+                answer = await asyncio.wait_for(self._agreed, SUSPEND_SECONDS)
+                if answer.grace_ms and answer.epoch == last:
+                    self._suspended = self._carry(began, answer.grace_ms, own=True)
+                    raise Suspended(self._suspended)
+                why = "does not wait for the next daemon"
+        raise ProtectionLost(f"{self._session.peer_node} {why}", resync=True, aborted="stopped")
+
+    def _carry(self, began: float, grace_ms: int, *, own: bool) -> Carried:
+        assert self._staging is not None
+        assert self._release is not None
+        return Carried(
+            generation=self._generation,
+            epoch=self._epoch,
+            peer_node=self._session.peer_node,
+            own=own,
+            began=began,
+            deadline=began + grace_ms / 1000,
+            staging=self._staging,
+            release=self._release,
+            slot_pages=self._slot_pages,
+            images=self._images,
+        )
+
+    async def _go_on(self, carried: Carried) -> float:
+        """Have the backup commit all that happened since an earlier session, as one frame.
+
+        Returns when the next epoch began.
+        """
+        self._prepare_to_send(begins=carried.own)
+        epoch = self._epoch
+        await self._send_backlog()
+        began, _ = await self._checkpoint()
+        await self._wait_for(lambda: epoch not in self._in_flight)
+        held = time.monotonic() - carried.began
+        who = "this daemon" if carried.own else f"the daemon of {self._session.peer_node}"
+        self._report.resumed(epoch, held)
+        _log.info("protection goes on without a copy", epoch=epoch, restarted=who, held_s=round(held, 3))
+        self._report.machine.move(
+            PairState.PROTECTED,
+            f"epoch {epoch} is committed on {self._session.peer_node}: no copy was needed after {who} was "
+            "restarted",
+        )
+        return began
+
+    async def _send_backlog(self) -> None:
+        """Send most of what became dirty without a session while the guest runs, to keep the pause short."""
+        last = 0
+        while self._backlog < BACKLOG_BYTES:
+            slot = await self._free_slot()
+            part = await self._gather("x-ft-collect", slot)
+            pages = part["pages"] + part["zero-pages"]
+            self._backlog += part["slot-bytes"]
+            self._send(slot)
+            if not part["complete"]:
+                continue
+            if pages <= self._slot_pages * SMALL_ENOUGH or (last and pages > 0.9 * last):
+                return
+            last = pages
+
+    # ---- the beginning ------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         config = self._config
@@ -344,8 +480,14 @@ class Protection:
         )
         self._slot_pages = status["pages-per-slot"]
         self._report.qemu = self._report.qemu.model_copy(update={"tracker": status["tracker"]})
+        self._prepare_to_send(begins=True)
+
+    def _prepare_to_send(self, *, begins: bool) -> None:
+        """Make ready for the first slot. begins: the running epoch was not counted yet."""
+        assert self._staging is not None
         self._sender = Sender(self._session, self._staging, self._on_sent)
-        self._report.begin_epoch(self._epoch)
+        if begins:
+            self._report.begin_epoch(self._epoch)
         self._report.pace(self._pace)
         self._report.speculation(self._speculation)
 
@@ -592,7 +734,9 @@ class Protection:
             if part["complete"]:
                 # Known before the ack can come: the sender has not seen the last part.
                 self._early = None
-                self._last_parts, self._last_size = parts, size + (early.size if early else 0)
+                self._last_parts = parts
+                self._last_size = size + (early.size if early else 0) + self._backlog
+                self._backlog = 0
                 self._in_flight[epoch] = _InFlight(self._last_size, resumed)
                 self._account_in_flight()
             self._send(slot)
@@ -713,6 +857,11 @@ class Protection:
                         resync=False,
                         aborted="link",
                     )
+                case Restarting():
+                    self._peer_restarts = message
+                case RestartAgreed():
+                    if not self._agreed.done():
+                        self._agreed.set_result(message)
                 case TookOver(generation=generation):
                     raise Yielded(f"{self._session.peer_node} has the guest, generation {generation}")
                 case GuestStopped(reason=reason):
@@ -809,6 +958,8 @@ class Protection:
             await self._session.close("protection over this session has ended")
         if self._sender is not None:
             await self._sender.close()
+        if self._goes_on:
+            return  # with everything as it is
         with contextlib.suppress(QemuError):
             release = self._fence.release_at_the_end(self.committed)
             await self._monitor.execute("x-ft-end", output="release" if release else "hold")

@@ -7,6 +7,7 @@
           +-- QemuError      4  QEMU's: it did not start, refused a command, or cannot be protected
           |    +-- QemuDied  7  it is gone; the backup has the guest, so nothing may be started in its place
           +-- PeerError      5  the other side's: incompatible, or it refused us
+          |    +-- NothingToResume     it no longer holds what an earlier session committed: copied anew
           +-- TakeoverRefused 6 nobody's: the shadow may not be started here
           +-- Deposed        1  nobody's: the other side has the guest; handled, never the end of the daemon
           +-- ArbiterError   1  the arbiter's: it does not answer, refuses us, or knows less than we do
@@ -80,6 +81,10 @@ class PeerError(FtdError):
     """The peer is incompatible, is not who it should be, or refused us."""
 
     exit_code = 5
+
+
+class NothingToResume(PeerError):  # noqa: N818 - the name says what happened
+    """The peer no longer holds what an earlier session has committed."""
 
 
 class TakeoverRefused(FtdError):  # noqa: N818 — the name says what happened

@@ -7,7 +7,7 @@
     GET  /readyz   200 while the guest is protected, or alone by intent; 503 says why not
     GET  /peer-flight  the newest lines of the peer's flight recorder, fetched over the link, for `ftd why`
     POST /verify   compare all memory and all disks, and answer with the result
-    POST /switchover, /takeover, /pause-protection, /resume-protection, /protect
+    POST /switchover, /takeover, /pause-protection, /resume-protection, /protect, /upgrade
                    what operators ask for; a JSON object with arguments, or nothing
 
 A failure is JSON: {"error": "one line"}. There are no passwords here: by default it listens on this host
@@ -49,7 +49,7 @@ LAG_LIMIT = 1.0
 # A switchover waits for an epoch, the arbiter and the start of the guest.
 CONTROL_TIMEOUT = 60.0
 
-ACTIONS = ("switchover", "takeover", "pause-protection", "resume-protection", "protect")
+ACTIONS = ("switchover", "takeover", "pause-protection", "resume-protection", "protect", "upgrade")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

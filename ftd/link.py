@@ -47,7 +47,7 @@ from uuid import UUID
 from ftd import log
 from ftd.channel import Channel, FrameChannel, tune
 from ftd.detector import HeartbeatDetector, Verdict
-from ftd.errors import FtdError, HostError, LinkError, PeerError, friendly
+from ftd.errors import FtdError, HostError, LinkError, NothingToResume, PeerError, friendly
 from ftd.messages import (
     ControlMessage,
     Flight,
@@ -716,7 +716,8 @@ async def _introduce(options: LinkOptions, channel: Channel, hello: Hello, name:
     channel.write(MessageType.HANDSHAKE, encode(hello))
     answer = decode(*await channel.receive(_HANDSHAKE_ONLY))
     if isinstance(answer, Refusal):
-        raise PeerError(f"{channel.peer} refused: {answer.reason}")
+        kind = NothingToResume if answer.lost else PeerError
+        raise kind(f"{channel.peer} refused: {answer.reason}")
     if not isinstance(answer, Welcome):
         raise LinkLost(
             LostKind.PROTOCOL, f"{channel.where}: the peer answered with a {answer.kind}, expected a welcome"
@@ -755,10 +756,11 @@ def _frame_channel(
 class _RejectedError(Exception):
     """A connection is not taken; `answer` is told to the peer."""
 
-    def __init__(self, label: Rejection, reason: str, *, answer: bool = True) -> None:
+    def __init__(self, label: Rejection, reason: str, *, answer: bool = True, lost: bool = False) -> None:
         super().__init__(reason)
         self.label: Rejection = label
         self.answer = answer
+        self.lost = lost
 
 
 @dataclass(eq=False)
@@ -821,6 +823,11 @@ class Listener:
         """The data port and the heartbeat port as bound."""
         data, heartbeat = (sock.getsockname()[1] for sock in self._sockets[:2])
         return data, heartbeat
+
+    @property
+    def forming(self) -> bool:
+        """Whether a session was admitted whose connections are not all there yet."""
+        return bool(self._forming)
 
     @property
     def sessions(self) -> tuple[Session, ...]:
@@ -928,7 +935,7 @@ class Listener:
                 hello = await self._read_hello(channel)
             self._take(channel, hello, heartbeat=heartbeat, path=path)
         except _RejectedError as error:
-            self._reject(channel, error.label, str(error), answer=error.answer)
+            self._reject(channel, error.label, str(error), answer=error.answer, lost=error.lost)
         except TimeoutError:
             self._reject(
                 channel, "timeout", f"no hello within {self._options.handshake_seconds:g} s", answer=False
@@ -993,7 +1000,7 @@ class Listener:
             _log.exception("hello could not be judged", error, peer=channel.peer)
             raise _RejectedError("refused", "internal error, see the log of this side") from None
         if isinstance(answer, Refusal):
-            raise _RejectedError("refused", answer.reason)
+            raise _RejectedError("refused", answer.reason, lost=answer.lost)
         # A primary that failed half way and tries again must not have to wait for its own remains.
         while len(self._forming) >= self._options.max_sessions:
             self._give_up(next(iter(self._forming)), "another session began")
@@ -1065,11 +1072,13 @@ class Listener:
 
     # ---- refusing ----------------------------------------------------------------------------------------
 
-    def _reject(self, channel: Channel, label: Rejection, reason: str, *, answer: bool = True) -> None:
+    def _reject(
+        self, channel: Channel, label: Rejection, reason: str, *, answer: bool = True, lost: bool = False
+    ) -> None:
         self._rejected(channel.peer, label, reason)
         if answer:
             with suppress(FtdError):
-                channel.write(MessageType.HANDSHAKE, encode(Refusal(reason=reason)))
+                channel.write(MessageType.HANDSHAKE, encode(Refusal(reason=reason, lost=lost)))
         # In a task of its own: the peer's leisure must not take a place among the pending ones.
         if len(self._farewells) >= self._options.max_pending:
             channel.close()

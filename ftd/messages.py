@@ -5,7 +5,8 @@ receiver never has to guess. Texts are for people: they are made one line and cu
 
     handshake   Hello → Welcome | Refusal        first on each connection
     control     Ack, SyncProgress, VerifyResult, GuestStopped, QemuLost, Resync, DiskDigestsWanted,
-                DiskDigests, DiskLost, Yield, TookOver, FlightWanted, Flight, Goodbye
+                DiskDigests, DiskLost, Yield, TookOver, FlightWanted, Flight, Restarting, RestartAgreed,
+                Goodbye
     heartbeat   Heartbeat, Goodbye, LinkCut
 """
 
@@ -65,6 +66,12 @@ class HeartbeatSettings(_Model):
 # ---- handshake -------------------------------------------------------------------------------------------
 
 
+class Resume(_Model):
+    """The session goes on with what an earlier one has committed, up to `epoch`: nothing is copied anew."""
+
+    epoch: Number
+
+
 class Hello(_Model):
     """First message of the connecting side (the primary) on each connection of a session."""
 
@@ -82,6 +89,8 @@ class Hello(_Model):
     heartbeat: HeartbeatSettings
     # The machine to be protected, so that the backup can compare it with its own (empty: not told).
     description: dict[str, JsonValue] = {}
+    # None: a session that begins with a copy.
+    resume: Resume | None = None
 
 
 class Welcome(_Model):
@@ -102,6 +111,8 @@ class Refusal(_Model):
 
     kind: Literal["refusal"] = "refusal"
     reason: Text
+    # What the hello wants to resume is not held here, and will not be.
+    lost: bool = False
 
 
 # ---- control ---------------------------------------------------------------------------------------------
@@ -208,6 +219,29 @@ class TookOver(_Model):
     generation: Number
 
 
+class Restarting(_Model):
+    """The sender's daemon is about to be replaced by its successor, and wants the other side to wait for it.
+
+    epoch: the last one that is committed, from the primary; 0 from a backup, which cannot know what is under
+    way. grace_ms: how long the other side shall wait at most.
+    """
+
+    kind: Literal["restarting"] = "restarting"
+    epoch: Number
+    grace_ms: int = Field(ge=1, le=60_000)
+
+
+class RestartAgreed(_Model):
+    """The sender waits for the other side's next daemon, for `grace_ms`; 0: it does not wait.
+
+    epoch: the last one that is committed. Nothing is under way, and nothing will be sent any more.
+    """
+
+    kind: Literal["restart-agreed"] = "restart-agreed"
+    epoch: Number
+    grace_ms: int = Field(ge=0, le=60_000)
+
+
 class DiskDigestsWanted(_Model):
     """The primary asks for digests of pieces of a disk; bytes. See ftd.disksync."""
 
@@ -298,6 +332,8 @@ ControlMessage = (
     | TookOver
     | FlightWanted
     | Flight
+    | Restarting
+    | RestartAgreed
     | Goodbye
 )
 HeartbeatMessage = Heartbeat | Goodbye | LinkCut

@@ -48,9 +48,11 @@ REJECTIONS: tuple[Rejection, ...] = ("garbage", "tls", "incompatible", "refused"
 AbortReason = Literal["link", "abandoned", "invalid", "stopped"]
 ABORT_REASONS: tuple[AbortReason, ...] = ("link", "abandoned", "invalid", "stopped")
 
-Trigger = Literal["connection-reset", "qemu-died", "silence", "switchover", "forced", "link-cut"]
+Trigger = Literal[
+    "connection-reset", "qemu-died", "silence", "switchover", "forced", "link-cut", "restart-overdue"
+]
 TRIGGERS: tuple[Trigger, ...] = (
-    "connection-reset", "qemu-died", "silence", "switchover", "forced", "link-cut"
+    "connection-reset", "qemu-died", "silence", "switchover", "forced", "link-cut", "restart-overdue"
 )  # fmt: skip
 
 ArbiterAnswer = Literal["granted", "denied", "silent", "doubt"]
@@ -289,6 +291,15 @@ class Metrics:
             "ftd_sync_last_seconds", "How long the last complete copy took; NaN before the first."
         )
         self.syncs = self._counter("ftd_syncs_completed_total", "Copies that led to a protected guest.")
+        self.resumptions = self._counter(
+            "ftd_resumptions_total",
+            "Times that protection went on without a copy after a daemon of the pair was replaced in place.",
+        )
+        self.resumption_seconds = self._gauge(
+            "ftd_resumption_last_seconds",
+            "How long the guest's output waited while a daemon was replaced, the last time; "
+            "NaN before the first, and on a backup.",
+        )
 
         # Disks
         self.epoch_disk_requests = self._histogram(
@@ -453,6 +464,7 @@ class Metrics:
         for phase in ("detection", "activation", "total"):
             self.takeover.labels(phase=phase).set(math.nan)
         self.sync_seconds.set(math.nan)
+        self.resumption_seconds.set(math.nan)
         self.disk_apply_lag.set(math.nan)
         self.disk_sync_progress.set(math.nan)
         self._disk_compared = self._disk_sent = 0  # in this copy

@@ -14,9 +14,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ftd import http, log
+from ftd import http, log, succession
 from ftd.arbiter import NoArbiter, Record
 from ftd.arbiters import identity, open_arbiter
 from ftd.authority import Decision, Standing, Start, at_start
@@ -36,16 +37,18 @@ from ftd.errors import (
 )
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions
+from ftd.marker import Marker, Worth, mark
 from ftd.messages import HeartbeatSettings
 from ftd.metrics import Metrics
 from ftd.notify import Notifier
 from ftd.partner import Partner
 from ftd.paths import PathSettings
 from ftd.primary import Primary, start_guest
-from ftd.qemu import QemuProcess, RunFiles, is_running
+from ftd.qemu import QemuProcess, RunFiles, listens
 from ftd.report import Report
 from ftd.state import Move, PairState, Role
 from ftd.status import Done, PeerFlight, Status, VerifyReport
+from ftd.succession import Handed, Succession
 from ftd.tls import TlsFiles, load_identity
 
 _log = log.get(__name__)
@@ -68,10 +71,15 @@ NICENESS = -10
 class Node:
     """A running daemon; the source of its status."""
 
-    def __init__(self, config: Config, role: Role, found: QemuProcess | None = None) -> None:
-        """found: the guest that an earlier daemon left, attached to."""
+    def __init__(self, config: Config, found: Found) -> None:
         self._config = config
-        self._found = found
+        self._found = found.qemu
+        self._handed = found.handed
+        self._lost = found.lost
+        self._ended = found.ended
+        role = found.role
+        self._task: asyncio.Task[Any] | None = None
+        self._succession = False  # stopped as planned, but to be replaced
         self._role = role
         self._durable = Durable(config.node.state_folder)
         self._report = Report(config, Metrics(), role)
@@ -121,6 +129,8 @@ class Node:
                 self._forced.set()
                 return Done(detail="the guest is to boot here; see ftd status")
             raise TakeoverRefused(f"there is nothing to take over with: {self._report.machine.reason}")
+        if action == "upgrade":
+            return Done(detail=await self._upgrade())
         if self._primary is None:
             raise FtdError(f"{self._config.node.name} does not run the guest; ask the primary")
         match action:
@@ -133,13 +143,30 @@ class Node:
             case _:
                 return Done(detail=self._primary.protect(str(arguments["host"]), arguments.get("port")))
 
+    async def _upgrade(self) -> str:
+        """Have this daemon replaced in place. Raises FtdError if its successor would not start."""
+        await succession.check()
+        detail = None
+        if self._primary is not None:
+            detail = self._primary.restart()
+        elif self._backup is not None:
+            detail = self._backup.restart()
+        if detail is None:
+            assert self._task is not None
+            self._succession = True
+            self._task.cancel()
+            detail = f"there is no protection to go on with: this node is {self._report.machine.state}"
+        return f"the daemon is being replaced; {detail}"
+
     # ---- life ---------------------------------------------------------------------------------------------
 
     async def run(self) -> int:
         """Run until the guest has ended (returns 0), or the daemon is told to stop (cancelled).
 
-        Raises FtdError when something is missing that this node cannot do without.
+        Raises FtdError when something is missing that this node cannot do without, and Succession when the
+        daemon is to be replaced.
         """
+        self._task = asyncio.current_task()
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         _take_priority()
         options = self._link_options()
@@ -151,11 +178,13 @@ class Node:
         try:
             return await self._live(options)
         except asyncio.CancelledError:
+            if self._succession:
+                raise Succession(None) from None
             self._notifier.stopping("told to stop; the guest is not touched")
             raise
         finally:
             if self._report.machine.allows(PairState.STOPPED):
-                self._report.machine.move(PairState.STOPPED, "the daemon ends")
+                self._report.machine.move(PairState.STOPPED, "the daemon ends, or is replaced")
             watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watchdog
@@ -165,9 +194,16 @@ class Node:
 
     async def _live(self, options: LinkOptions) -> int:
         """Play one part after the other, until the guest has ended."""
-        lost: QemuDied | None = None  # the guest ran here, and its QEMU is gone
+        if self._ended:
+            await self._note_the_end()
+            return 0
+        lost = self._lost  # the guest ran here, and its QEMU is gone
+        if lost is not None and not self._inquiry.decides:
+            raise lost
         while True:
-            if not self._inquiry.decides:
+            if self._handed is not None and self._handed.backup is not None:
+                start = Start.BACKUP
+            elif not self._inquiry.decides:
                 start = Start.BACKUP if self._role == "backup" else Start.ATTACH
             else:
                 start = await self._decide(lost)
@@ -207,12 +243,31 @@ class Node:
                 lost = error
                 self._report.machine.move(PairState.WAITING, str(error))
 
+    async def _note_the_end(self) -> None:
+        """The guest ended by itself while nobody looked: no failure, as far as the arbiter allows it."""
+        outcome = await self._inquiry.stopped(self._known)
+        if outcome.granted and self._inquiry.decides:
+            folder = self._config.node.state_folder
+            markers = [Marker(disk.path, folder) for disk in self._config.machine.disk]
+            try:
+                mark(markers, Worth.ALONE, self._known, self._config.node.name)
+            except HostError as error:
+                _log.error("a disk is not marked as the newest copy", reason=friendly(error))
+        self._report.machine.move(PairState.STOPPED, f"{self._lost}, as the guest wanted")
+
     def _assume_primary(self) -> None:
         if self._report.machine.role != "primary":
             self._report.machine.assume("primary")
 
     async def _guard(self, options: LinkOptions) -> TakenOver | GuestEnded:
-        self._backup = backup = Backup(self._config, self._report, options, self._inquiry, self._partner)
+        handed, self._handed = self._handed, None
+        found = None
+        if handed is not None:
+            assert self._found is not None
+            found, self._found = (handed, self._found), None
+        self._backup = backup = Backup(
+            self._config, self._report, options, self._inquiry, self._partner, found
+        )
         if self._inquiry.decides:
             backup.on_generation(lambda generation: self._remember(generation, "backup"))
         self._notifier.ready("backup: waiting for a primary")
@@ -230,10 +285,18 @@ class Node:
         guest, self._found = self._found or await start_guest(self._config), None
         if not self._inquiry.decides:
             self._remember(generation)
-        return self._primary_of(options, guest, generation, Standing.ASKING)
+        handed, self._handed = self._handed, None
+        if handed is None or handed.generation != generation:
+            return self._primary_of(options, guest, generation, Standing.ASKING)
+        return self._primary_of(options, guest, generation, Standing.PAIRED, handed)
 
     def _primary_of(
-        self, options: LinkOptions, guest: QemuProcess, generation: int, standing: Standing
+        self,
+        options: LinkOptions,
+        guest: QemuProcess,
+        generation: int,
+        standing: Standing,
+        handed: Handed | None = None,
     ) -> Primary:
         return Primary(
             self._config,
@@ -245,6 +308,7 @@ class Node:
             inquiry=self._inquiry,
             partner=self._partner,
             remember=self._remember,
+            handed=handed,
         )
 
     async def _lead(self, primary: Primary) -> None:
@@ -394,27 +458,67 @@ def _take_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a daemon finds at its start. qemu: attached to; handed: what a predecessor left for this part.
+
+    lost: the guest's QEMU ended while the daemon was replaced; ended: it did so with success.
+    """
+
+    role: Role
+    qemu: QemuProcess | None = None
+    handed: Handed | None = None
+    lost: QemuDied | None = None
+    ended: bool = False
+
+
 async def run(config: Config) -> int:
-    """Run a node; return the exit code. Raises FtdError, one line, for what it cannot do without."""
-    role, found = await _role(config)
-    return await Node(config, role, found).run()
+    """Run a node; return the exit code.
+
+    Raises FtdError, one line, for what it cannot do without, and Succession if the daemon is to be replaced.
+    """
+    return await Node(config, await _find(config, succession.take(config.node.name))).run()
 
 
-async def _role(config: Config) -> tuple[Role, QemuProcess | None]:
-    """Return what this node is, and its guest if that runs.
+async def _find(config: Config, handed: Handed | None) -> Found:
+    """Find out what this node is.
 
     It is what is configured, but for a backup that took over and whose daemon starts anew.
 
-    A shadow that an earlier daemon left waiting is ended: what it held is not known to be whole.
+    A shadow that an earlier daemon left waiting is ended, unless it was handed on: what it held is not known
+    to be whole.
     """
-    if not is_running(config):
-        return config.node.role, None
-    found = await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
+    socket = RunFiles(config.node.run_folder).qmp_socket
+    if handed is not None and handed.primary is not None and config.machine.attach is not None:
+        socket = config.machine.attach
+    if not listens(socket):
+        return Found(config.node.role) if handed is None else _find_nothing(config, handed)
+    found = await QemuProcess.attach(socket)
     status = await found.monitor.execute("query-status")
-    if status["status"] == "inmigrate":
+    waits = status["status"] == "inmigrate"
+    if handed is not None and (waits != (handed.role == "backup") or found.pid != handed.qemu_pid):
+        _log.error("what was handed on does not fit QEMU", pid=found.pid, status=status["status"])
+        handed.close()
+        handed = None
+    if waits and handed is None:
         _log.warning("ending a shadow that an earlier daemon left behind", pid=found.pid)
         await found.kill()
-        return config.node.role, None
+        return Found(config.node.role)
+    if waits:
+        return Found("backup", found, handed)
     if config.node.role == "backup":
         _log.warning("the guest runs here since a takeover: this node is the primary", pid=found.pid)
-    return "primary", found
+    return Found("primary", found, handed)
+
+
+def _find_nothing(config: Config, handed: Handed) -> Found:
+    """QEMU has ended in the moment in which nobody looked."""
+    handed.close()
+    status = 0
+    with contextlib.suppress(ChildProcessError):
+        _, status = os.waitpid(handed.qemu_pid, os.WNOHANG)
+    text = f"QEMU (process {handed.qemu_pid}) ended while the daemon was replaced"
+    _log.error("QEMU is lost", reason=text, status=os.waitstatus_to_exitcode(status))
+    if handed.role == "backup":
+        return Found(config.node.role)
+    return Found("primary", lost=QemuDied(text), ended=status == 0)

@@ -16,6 +16,10 @@ from ftd import log
 _log = log.get(__name__)
 
 
+VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+"""What systemd leaves in the environment."""
+
+
 class Notifier:
     """Sends to systemd.
 
@@ -35,9 +39,7 @@ class Notifier:
         Taken out so that QEMU and other children do not speak for the daemon.
         """
         environment = os.environ if environment is None else environment
-        address = environment.pop("NOTIFY_SOCKET", "")
-        interval = environment.pop("WATCHDOG_USEC", "")
-        pid = environment.pop("WATCHDOG_PID", "")
+        address, interval, pid = (environment.pop(name, "") for name in VARIABLES)
         if address and address[0] not in "/@":
             _log.warning(
                 "cannot notify systemd: NOTIFY_SOCKET is neither a path nor an abstract name", value=address

@@ -23,13 +23,15 @@ import ftd
 from ftd import link, log, tap
 from ftd.authority import Authority, Release, Standing, may_begin_session
 from ftd.authority import Event as Happening
+from ftd.carried import Carried
 from ftd.config import Config
-from ftd.epochs import Protection, ProtectionLost, Yielded
+from ftd.epochs import Protection, ProtectionLost, Suspended, Yielded
 from ftd.errors import (
     Deposed,
     FtdError,
     HostError,
     LinkError,
+    NothingToResume,
     PeerError,
     QemuDied,
     QemuError,
@@ -39,13 +41,14 @@ from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions, Session
 from ftd.machine import MachineDescription, guest_disks, refuse_devices
 from ftd.marker import Marker, Markers, Worth
-from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost
+from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost, Resume
 from ftd.monitor import Event
 from ftd.partner import Partner
 from ftd.qemu import QemuProcess, RunFiles, is_running, require_patched
 from ftd.report import Report
 from ftd.state import Move, PairState
 from ftd.status import QemuStatus, VerifyReport
+from ftd.succession import Handed, Succession
 from ftd.wire import LinkLost
 
 _log = log.get(__name__)
@@ -54,6 +57,9 @@ _log = log.get(__name__)
 # a person is needed, and each time it is asked half as often as before, down to the second of these.
 RETRY_SECONDS = 0.5
 RETRY_AFTER_REFUSAL_SECONDS = 5.0
+
+# The same while output is held for a daemon that is being replaced.
+RETRY_TO_RESUME_SECONDS = 0.05
 
 # Between two questions to an arbiter that does not answer.
 ASK_AGAIN_SECONDS = 0.5
@@ -95,8 +101,8 @@ async def start_guest(config: Config, settled: int = -1) -> QemuProcess:
 class Primary:
     """The primary's part of a node's life, for one guest. Made once; `run` returns why the guest ended.
 
-    standing: `alone` with authority that was won for this guest, `asking` for a guest that was found.
-    remember: is told of every generation that this side wins.
+    standing: `alone` with authority that was won for this guest, `asking` for a guest that was found,
+    `paired` with what a predecessor has handed on. remember: is told of every generation that this side wins.
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class Primary:
         inquiry: Inquiry,
         partner: Partner,
         remember: Callable[[int], None],
+        handed: Handed | None = None,
     ) -> None:
         self._config = config
         self._report = report
@@ -122,6 +129,9 @@ class Primary:
         self._inquiry = inquiry
         self._partner = partner
         self._remember = remember
+        self._handed = handed
+        self._carried: Carried | None = None  # protection that has no session, and is to go on over another
+        self._restarting = False  # this daemon is to be replaced when this session has ended
         self._next_epoch = 1
         self._paired_with = ""  # the backup that the arbiter has on record, in this generation
         self._stopped_guest = False  # for a switchover that is not over
@@ -144,7 +154,8 @@ class Primary:
 
         Raises QemuDied if QEMU was lost; Deposed when the other side has the guest, and the one here was
         killed; QemuError or HostError for a guest that cannot be protected; that one is left running.
-        Cancelled, it takes its leave of the backup; the guest runs on.
+        Cancelled, it takes its leave of the backup; the guest runs on. Raises Succession when this daemon's
+        part is over since it is to be replaced: see `restart`.
         """
         report = self._report
         monitor = self._guest.monitor
@@ -177,8 +188,14 @@ class Primary:
                 unsubscribe()
             ended.cancel()
             work.cancel()
-            with contextlib.suppress(asyncio.CancelledError, FtdError):
+            with contextlib.suppress(asyncio.CancelledError, FtdError, Succession):
                 await work
+            if self._carried is not None:
+                if self._over:
+                    self._carried.close()
+                else:
+                    with contextlib.suppress(FtdError):
+                        await self._give_up_resuming("the daemon was told to stop")
             if not self._over and self._inquiry.decides and self._authority.standing is Standing.ASKING:
                 # A planned stop: the guest is to be served while there is no daemon. Without an answer its
                 # output stays held until there is one again.
@@ -193,6 +210,7 @@ class Primary:
 
     async def verify(self) -> VerifyReport:
         """Compare all memory with the shadow at the end of this epoch. Raises FtdError if there is none."""
+        self._refuse_while_away()
         if self._protection is None or self._report.machine.state is not PairState.PROTECTED:
             raise FtdError(
                 f"nothing to compare with: this node is {self._report.machine.state}, not protected"
@@ -203,6 +221,7 @@ class Primary:
 
     async def switchover(self) -> str:
         """Have the backup take over, with nothing lost. Returns when it has the guest, or raises FtdError."""
+        self._refuse_while_away()
         if self._protection is None or self._report.machine.state is not PairState.PROTECTED:
             state = self._report.machine.state
             raise FtdError(f"nobody to hand over to: this node is {state}, not protected")
@@ -218,6 +237,23 @@ class Primary:
         if went_wrong:
             raise FtdError(f"the guest stays here, {went_wrong}")
         return "the backup has the guest"
+
+    def _refuse_while_away(self) -> None:
+        if self._carried is not None:
+            raise FtdError(f"{self._report.away or 'a daemon is being replaced'}; try again in a moment")
+
+    def restart(self) -> str | None:
+        """Have `run` end with a Succession whose successor goes on with this protection.
+
+        Returns what is done; None if there is nothing to go on with: the daemon is then to be stopped as
+        planned. If protection is lost first, the Succession has nothing to go on with.
+        """
+        grace = self._config.node.restart_grace_ms
+        if self._protection is None or self._report.machine.state is not PairState.PROTECTED or not grace:
+            return None
+        self._restarting = True
+        self._protection.suspend()
+        return f"{self._report.peer_name} is asked to wait up to {grace / 1000:g} s for it"
 
     def pause_protection(self) -> str:
         """Go on without a backup until `resume_protection`."""
@@ -244,6 +280,8 @@ class Primary:
 
     def _end_session(self, reason: str) -> None:
         self._nudge.set()
+        if self._carried is not None:
+            self._carried.deadline = 0.0
         if self._session is not None and self._session.lost is None:
             self._closing = asyncio.ensure_future(self._session.close(reason))
 
@@ -391,20 +429,23 @@ class Primary:
         await require_patched(monitor)
         # An earlier daemon may have left checkpointing on, into slots that are gone. Output that it held
         # stays held (rule S6): its backup may have taken over since.
-        info = await monitor.execute("query-x-ft")
-        holding = info["output"]["holding"]
-        if not self._inquiry.decides:
-            self._held = holding
-            if not holding and self._authority.standing is Standing.ASKING:
-                self._authority.on(Happening.GRANTED)
-        free = self._authority.release is Release.ALL
-        await monitor.execute("x-ft-end", output="release" if free else "hold")
-        if holding and not free:
-            self._report.output(info["output"], None)
-            self._report.machine.move(
-                PairState.HELD,
-                "the guest of an earlier daemon, whose output is held: the backup may have taken over",
-            )
+        if self._handed is not None:
+            await self._take_up(self._handed)
+        if self._carried is None:
+            info = await monitor.execute("query-x-ft")
+            holding = info["output"]["holding"]
+            if not self._inquiry.decides:
+                self._held = holding
+                if not holding and self._authority.standing is Standing.ASKING:
+                    self._authority.on(Happening.GRANTED)
+            free = self._authority.release is Release.ALL
+            await monitor.execute("x-ft-end", output="release" if free else "hold")
+            if holding and not free:
+                self._report.output(info["output"], None)
+                self._report.machine.move(
+                    PairState.HELD,
+                    "the guest of an earlier daemon, whose output is held: the backup may have taken over",
+                )
         self._description = await MachineDescription.of(monitor)
         refuse_devices(self._description)
         disks = await guest_disks(monitor)
@@ -419,6 +460,8 @@ class Primary:
         told, refused = "", 0
         while not self._over:
             wait = RETRY_SECONDS
+            if self._carried is not None and await self._resume(self._carried):
+                continue
             if self._authority.standing in (Standing.ASKING, Standing.UNSURE):
                 await self._ask_for_solo()
             if self._paused or not may_begin_session(self._authority.standing):
@@ -465,7 +508,75 @@ class Primary:
             with contextlib.suppress(QemuError):
                 await self._guest.monitor.execute("cont")
 
-    async def _connect(self) -> Session:
+    # ---- a daemon of the pair is replaced -----------------------------------------------------------------
+
+    async def _take_up(self, handed: Handed) -> None:
+        """Go on with what a predecessor has handed on, if QEMU says the same; the standing is `paired`."""
+        self._handed = None
+        assert handed.primary is not None
+        self._paired_with = handed.primary.paired_with
+        self._next_epoch = handed.epoch + 2
+        try:
+            info = await self._guest.monitor.execute("query-x-ft")
+            if not info["active"] or info["generation"] != handed.generation or info["paused"]:
+                raise HostError("QEMU has given protection up meanwhile")
+            if self._guest.pid != handed.qemu_pid:
+                raise HostError(f"the guest's QEMU is process {self._guest.pid}, not {handed.qemu_pid}")
+            disks = [(disk.name, disk.path) for disk in await guest_disks(self._guest.monitor)]
+            self._carried = Carried.take_over(handed, disks)
+        except HostError as error:
+            _log.error("protection does not go on", reason=friendly(error))
+            handed.close()
+            self._authority.on(Happening.LOST)
+            return
+        self._report.output(info["output"], None)
+        self._report.epoch, self._report.committed = handed.epoch + 1, handed.epoch
+        self._report.qemu = self._report.qemu.model_copy(update={"tracker": info["tracker"]})
+        self._report.away = f"the daemon was replaced; {handed.peer_node} is asked whether it has waited"
+
+    async def _resume(self, carried: Carried) -> bool:
+        """Have protection go on over a new session. Returns False when that cannot be.
+
+        The other side is tried until the deadline; then this one is as a node that has lost its backup.
+        """
+        late = reason = f"{carried.peer_node} was not reached in time"
+        while carried.left > 0:
+            try:
+                async with asyncio.timeout(carried.left):
+                    session = await self._connect(Resume(epoch=carried.epoch - 1))
+            except NothingToResume as error:
+                reason = friendly(error)
+                break
+            except TimeoutError:
+                break
+            except (LinkError, PeerError) as error:
+                reason = f"{late}: {friendly(error)}"
+                await asyncio.sleep(RETRY_TO_RESUME_SECONDS)
+                continue
+            self._carried = None
+            await self._with_backup(session, carried)
+            return True
+        await self._give_up_resuming(reason)
+        return False
+
+    async def _give_up_resuming(self, reason: str) -> None:
+        """Do as if the backup were lost, which is what it may be."""
+        carried, self._carried = self._carried, None
+        assert carried is not None
+        self._report.away = ""
+        _log.warning("protection does not go on without a copy", reason=reason)
+        self._report.flight.note("not-resumed", reason=reason)
+        if carried.own and not self._inquiry.decides:
+            self._held = True  # the backup had reason to take over, and there is nobody who knows
+        free = self.release_at_the_end(committed=True)
+        await self._guest.monitor.execute("x-ft-end", output="release" if free else "hold")
+        carried.close()
+        if free:
+            self._alone(reason)
+        elif self._report.machine.allows(PairState.HELD):
+            self._report.machine.move(PairState.HELD, reason)
+
+    async def _connect(self, resume: Resume | None = None) -> Session:
         assert self._description is not None
         hello = Hello(
             software_version=ftd.__version__,
@@ -477,6 +588,7 @@ class Primary:
                 interval_ms=self._config.heartbeat.interval_ms, misses=self._config.heartbeat.misses
             ),
             description=self._description.model_dump(mode="json"),
+            resume=resume,
         )
         settings = self._config.link
         peer = self._partner.address
@@ -504,23 +616,27 @@ class Primary:
             raise PeerError(text)
         return session
 
-    async def _with_backup(self, session: Session) -> bool:
+    async def _with_backup(self, session: Session, carried: Carried | None = None) -> bool:
         """Protect the guest over a session until that ends. Returns whether to begin anew at once.
 
+        carried: what to go on with, instead of a copy. Raises Succession if this daemon is to be replaced.
         Raises QemuDied if QEMU was lost; the session is then left to whoever has to tell the peer.
         """
         report = self._report
         self._session = session
         report.session_began(session)
-        report.machine.move(PairState.SYNCING, f"{session.peer_node} is there: copying the guest")
+        if carried is None:
+            report.machine.move(PairState.SYNCING, f"{session.peer_node} is there: copying the guest")
+        report.away = ""
         self._protection = protection = Protection(
             self._config,
             report,
             self._guest.monitor,
             session,
             self._generation,
-            self._next_epoch,
+            self._next_epoch if carried is None else carried.epoch,
             fence=self,
+            carried=carried,
         )
         again, aborted = False, "link"
         reason = ""
@@ -530,6 +646,10 @@ class Primary:
         except Yielded as error:
             aborted = error.aborted
             raise Deposed(str(error)) from None
+        except Suspended as error:
+            aborted = error.aborted
+            self._suspended(error.carried)
+            again = True
         except ProtectionLost as error:
             reason, again, aborted = str(error), error.resync, error.aborted
         except Deposed:
@@ -563,6 +683,19 @@ class Primary:
                     report.machine.move(PairState.SYNCING, reason)
                 else:
                     self._alone(reason)
+        if self._restarting:
+            raise Succession(None)
         if self._authority.release is Release.ALL:
             await self._let_stopped_guest_go()
         return again
+
+    def _suspended(self, carried: Carried) -> None:
+        """A daemon of the pair is being replaced. Raises Succession if it is this one."""
+        if carried.own:
+            raise Succession(carried.hand_on(self._config.node.name, self._guest.pid, self._paired_with))
+        self._carried = carried
+        _log.info("waiting for the backup to go on", peer=carried.peer_node, seconds=round(carried.left, 1))
+        self._report.flight.note(
+            "away", peer=carried.peer_node, own=False, epoch=carried.epoch - 1, seconds=round(carried.left, 3)
+        )
+        self._report.away = f"the daemon of {carried.peer_node} is being replaced; output is held meanwhile"

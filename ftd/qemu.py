@@ -446,7 +446,10 @@ class QemuProcess:
                         f"{path}: process {pid}, which opened this socket, does not map {file}; "
                         "start QEMU so that it opens its QMP socket and its memory file itself"
                     )
-            process = cls(pid, monitor, memory_files, child=None)
+            # After a restart in place it is still this process's to wait for.
+            child = _Child(pid, ours=True) if _parent(pid) == os.getpid() else None
+            process = cls(pid, monitor, memory_files, child=child)
+            process.attached = True
         except BaseException:
             await monitor.close()
             raise
@@ -500,9 +503,16 @@ class QemuProcess:
         await self.monitor.close()
 
 
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return 0
+
+
 def is_running(config: Config) -> bool:
     """Tells whether a QEMU of this node runs, which `QemuProcess.attach` can take over."""
-    return _listens(RunFiles(config.node.run_folder).qmp_socket)
+    return listens(RunFiles(config.node.run_folder).qmp_socket)
 
 
 async def require_patched(monitor: Monitor) -> None:
@@ -558,7 +568,7 @@ def _prepare_run_folder(folder: Path) -> RunFiles:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if _listens(files.qmp_socket):
+        if listens(files.qmp_socket):
             raise HostError(
                 f"{files.qmp_socket}: a QEMU of this node runs already; attach to it, or end it first"
             )
@@ -569,7 +579,8 @@ def _prepare_run_folder(folder: Path) -> RunFiles:
     return files
 
 
-def _listens(path: Path) -> bool:
+def listens(path: Path) -> bool:
+    """Tells whether somebody has opened a socket and not gone since."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
@@ -683,8 +694,9 @@ class _Child:
     def _on_end(self) -> None:
         self.let_go()
         if self._ours:
-            _, status = os.waitpid(self.pid, 0)
-            self.exit_status = os.waitstatus_to_exitcode(status)
+            with suppress(ChildProcessError):  # somebody else in this process has waited for it
+                _, status = os.waitpid(self.pid, 0)
+                self.exit_status = os.waitstatus_to_exitcode(status)
         for path in self._unlink:
             path.unlink(missing_ok=True)
         self.ended.set()

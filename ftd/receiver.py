@@ -94,14 +94,16 @@ class Receiver:
         on_applied: Callable[[int, float], None],
         copies: Copies,
         replicate: Literal["committed", "early", "never"] = "committed",
+        after: int | None = None,
     ) -> None:
+        """after: the epoch that the shadow is equal to, if the session goes on from there."""
         self._session = session
         self._shadow = shadow
         self._pool = pool
         # Parts of an incomplete frame come out of the pool as well: leave room for the next one.
         part, whole = SHARE_OF_BUFFERS
         self._assembler = FrameAssembler(
-            generation, limit=pool.limit * part // whole, memory_limit=memory_limit
+            generation, limit=pool.limit * part // whole, memory_limit=memory_limit, after=after
         )
         self._on_committed = on_committed
         self._on_received = on_received

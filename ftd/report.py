@@ -39,6 +39,7 @@ from ftd.status import (
     PeerFlight,
     PeerStatus,
     QemuStatus,
+    ResumptionStatus,
     SpeculationStatus,
     Status,
     SyncStatus,
@@ -125,6 +126,8 @@ class Report:
         self._aborted = 0
         self._sync = SyncStatus()
         self._sync_began = 0.0
+        self._resumption = ResumptionStatus()
+        self.away = ""  # whose daemon is being replaced, while this one waits for it
         self._output = OutputStatus()
         self._warnings: dict[Warning_, str] = {}
         self._started = self._moved = time.monotonic()
@@ -326,6 +329,14 @@ class Report:
         self.metrics.sync_seconds.set(seconds)
         self.metrics.syncs.inc()
 
+    def resumed(self, epoch: int, held: float | None) -> None:
+        """Protection went on without a copy. held: seconds for which output waited; None on a backup."""
+        self._resumption = ResumptionStatus(count=self._resumption.count + 1, epoch=epoch, held=held)
+        self.metrics.resumptions.inc()
+        if held is not None:
+            self.metrics.resumption_seconds.set(held)
+        self.flight.note("resumed", epoch=epoch, generation=self.generation)
+
     def begin_epoch(self, epoch: int) -> None:
         """An epoch is running."""
         self.epoch = epoch
@@ -507,6 +518,8 @@ class Report:
                 in_flight=self._in_flight_epochs,
             ),
             "speculation": self._speculation,
+            "resumption": self._resumption,
+            "away": bool(self.away),
             "pause": self._pause_status(),
             "sync": self._sync_now(),
         }
@@ -549,6 +562,8 @@ class Report:
         ]
 
     def _reason(self) -> str:
+        if self.away:
+            return self.away
         waits = self.machine.state is PairState.WAITING
         return self.note if waits and self.machine.reason == "started" and self.note else self.machine.reason
 

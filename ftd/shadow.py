@@ -361,6 +361,26 @@ class Shadow:
                 self._device,
             )
 
+    def restore(self, image: int, generation: int, epoch: int) -> None:
+        """Be what `load_image` of an earlier Shadow says, whose RAM files are as it left them.
+
+        Raises FrameError if the image is of another epoch, or OSError if it cannot be mapped; this one holds
+        no epoch then.
+        """
+        part = Part.from_slot(memoryview(mmap.mmap(image, 0, access=mmap.ACCESS_READ)))
+        try:
+            part.verify()
+            header = part.header
+            if (header.generation, header.epoch) != (generation, epoch):
+                raise FrameError(
+                    f"load image: is of epoch {header.epoch} in generation {header.generation}: "
+                    f"expected {epoch} in {generation}"
+                )
+            self.begin_sync(generation)
+            self.apply(Frame(generation, epoch, (part,)))
+        finally:
+            part.release()
+
     def verify(self, frame: Frame, *, limit: int = 1024) -> list[Difference]:
         """Compare the whole memory with the digests of `frame`, the frame applied last; return what differs.
 

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -57,11 +58,11 @@ class Slot:
     `index` is what QMP commands call it by, `view` the daemon's read-only mapping of all `size` bytes.
     """
 
-    def __init__(self, index: int, size: int) -> None:
+    def __init__(self, index: int, size: int, fd: int | None = None) -> None:
         self.index = index
         self.size = size
         self.name = f"ftd-slot-{index}"
-        self.fd = _create(self.name, size)
+        self.fd = _create(self.name, size) if fd is None else fd
         try:
             self._map = mmap.mmap(self.fd, size, access=mmap.ACCESS_READ)
         except OSError as error:
@@ -103,16 +104,18 @@ class Staging:
     a slot calls loop.call_soon_threadsafe(staging.release, slot). Slots are given out in the order in which
     they came back, and waiters get them in the order in which they began to wait.
 
+    fds: memory files that QEMU has already, from an earlier daemon, instead of new ones; all are free.
+
     Raises HostError when the memory files cannot be made.
     """
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, fds: Sequence[int] | None = None) -> None:
         self.slots: list[Slot] = []
         self._closed = False
         self._waiters: deque[asyncio.Future[Slot]] = deque()
         try:
             for index in range(count):
-                self.slots.append(Slot(index, size))
+                self.slots.append(Slot(index, size, None if fds is None else fds[index]))
         except HostError:
             self.close()
             raise

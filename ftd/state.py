@@ -1,9 +1,9 @@
 """The state of a VM pair as one node sees it, and every move between states.
 
-    primary:   waiting -> solo | held | syncing
+    primary:   waiting -> solo | held | syncing | protected
                syncing -> protected -> syncing | solo | held
                solo -> syncing        held -> solo | syncing
-    backup:    waiting -> syncing -> protected -> taken-over
+    backup:    waiting -> syncing -> protected -> taken-over      waiting -> protected
                syncing | protected | held -> waiting        protected -> held -> taken-over | syncing
     after a takeover the backup is the primary: taken-over -> syncing
     a deposed primary is the backup: syncing | protected | solo | held | taken-over -> waiting
@@ -102,6 +102,7 @@ MOVES: tuple[Row, ...] = (
         "primary",
         PairState.WAITING,
         (PairState.SYNCING, "the guest is up and the backup is there: the first copy begins"),
+        (PairState.PROTECTED, "the daemon was restarted in place, and the backup has kept its shadow"),
         (PairState.SOLO, "the guest is up with authority and no backup answers yet"),
         (PairState.HELD, "a guest left by an earlier daemon was found; who owns its output is not known yet"),
         (PairState.STOPPED, "stopped, or failed, before the guest was up"),
@@ -150,6 +151,7 @@ MOVES: tuple[Row, ...] = (
         "backup",
         PairState.WAITING,
         (PairState.SYNCING, "a primary has come and its first copy begins"),
+        (PairState.PROTECTED, "the daemon was restarted in place, and has kept the shadow"),
         (PairState.STOPPED, "stopped with nothing to guard"),
     ),
     *_rows(

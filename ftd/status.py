@@ -111,6 +111,17 @@ class PathStatus(Model):
     detail: str = ""
 
 
+class ResumptionStatus(Model):
+    """How often protection went on without a copy after a daemon was replaced, and the last time of it.
+
+    epoch: the first that was committed afterwards; held: seconds for which output had waited.
+    """
+
+    count: int = 0
+    epoch: int | None = None
+    held: float | None = None
+
+
 class PeerStatus(Model):
     """The other node. heartbeat_age: seconds since it was last heard on any path, None when never."""
 
@@ -208,6 +219,9 @@ class Status(Model):
     authority: AuthorityStatus = AuthorityStatus()
     epoch: EpochStatus = EpochStatus()
     sync: SyncStatus = SyncStatus()
+    resumption: ResumptionStatus = ResumptionStatus()
+    away: bool = False
+    """Whether a daemon of the pair is being replaced, and this one waits for the other to come back."""
     in_flight_bytes: int = 0
     peer: PeerStatus | None = None
     output: OutputStatus = OutputStatus()

@@ -83,8 +83,8 @@ class VersionMismatch(LinkLost):
     def __init__(self, version: int) -> None:
         super().__init__(
             LostKind.PROTOCOL,
-            f"the peer speaks protocol version {version}, this side {PROTOCOL_VERSION}; "
-            "install the same version of ftd on both hosts",
+            f"the peer speaks protocol version {version}, this side {PROTOCOL_VERSION}: the two cannot "
+            f"protect a guest; upgrade ftd {'here' if version > PROTOCOL_VERSION else 'on the peer'} as well",
         )
         self.version = version
 

@@ -32,6 +32,15 @@ class Node(Section):
         description="Folder for sockets, the process id and the log of QEMU. Its path may have at most 90 "
         "characters, because the kernel limits socket names. Default: /run/ftd/NAME.",
     )
+    restart_grace_ms: int = Field(
+        default=5000,
+        ge=0,
+        le=8000,
+        description="Milliseconds that a pair waits for a daemon that is being replaced in place (`ftd "
+        "upgrade`, `systemctl reload`), with the guest's output held. Both nodes' values count, the smaller "
+        "one holds. If the primary's host dies within this time, the backup takes over only after it. "
+        "0: does not wait; everything is copied anew. Default: 5000.",
+    )
 
     @property
     def state_folder(self) -> Path:

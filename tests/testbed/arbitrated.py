@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ async def free_guests(pair: Pair) -> list[str]:
                 if not (await operator.execute("query-x-ft"))["output"]["holding"]:
                     free.append(daemon.host.name)
     return free
+
+
+@contextlib.asynccontextmanager
+async def one_speaks(pair: Pair) -> AsyncIterator[None]:
+    """Somebody looks all the time whether both sides speak, which is a failure at the end."""
+    both: list[list[str]] = []
+
+    async def watch() -> None:
+        while True:
+            free = await free_guests(pair)
+            if len(free) > 1:
+                both.append(free)
+            await asyncio.sleep(0.05)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watcher
+    assert both == [], "two guests spoke"
 
 
 def lives(pid: int) -> bool:

@@ -98,6 +98,19 @@ def test_the_epochs_of_a_sync_may_begin_anywhere_but_not_change() -> None:
         made.feed(Spec(epoch=1001, part=1).received())
 
 
+def test_a_stream_that_goes_on_takes_the_next_epoch_and_no_other() -> None:
+    """After a daemon was replaced: no sync, but live rounds that belong to the first frame, as always."""
+    going_on = FrameAssembler(GENERATION, limit=1 << 20, after=41)
+    assert not going_on.syncing
+    assert going_on.feed(Spec(epoch=42, pages={(0, 1): 1}).live().received()) is None
+    frame = going_on.feed(Spec(epoch=42, part=1, pages={(0, 2): 2}).received())
+    assert isinstance(frame, Frame)
+    assert (frame.epoch, len(frame.parts)) == (42, 2)
+    for epoch in (41, 43):
+        with pytest.raises(FrameError, match="epoch"):
+            FrameAssembler(GENERATION, limit=1 << 20, after=41).feed(Spec(epoch=epoch).received())
+
+
 def test_an_incomplete_frame_is_bounded_and_both_numbers_are_named() -> None:
     size = middle(5, 0).received().nbytes
     made = synced(4, limit=2 * size)

@@ -2,16 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from unit.frame_builder import BLOCKS, GENERATION, RAM, Spec
 
 import ftd.backup
+from ftd.absence import Away
 from ftd.arbiter import Record
 from ftd.arbiter_file import FileArbiter
+from ftd.arbiters import open_arbiter
 from ftd.assembly import Frame
 from ftd.authority import Event, Standing
 from ftd.backup import Backup, _Loss
@@ -20,7 +23,7 @@ from ftd.disk import Copies
 from ftd.errors import HostError, QemuDied, QemuError, TakeoverRefused
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions
-from ftd.messages import HeartbeatSettings
+from ftd.messages import HeartbeatSettings, Hello, Resume
 from ftd.metrics import Metrics
 from ftd.partner import Partner
 from ftd.report import Report
@@ -40,6 +43,9 @@ insecure = true
 kind = "file"
 pair = "web"
 folder = "records"
+"""
+NOBODY = """[arbiter]
+accept_split_brain = true
 """
 
 
@@ -63,6 +69,38 @@ def shadow(tmp_path: Path) -> Shadow:
     return made
 
 
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[[str], Backup]]:
+    """A backup that holds a committed epoch, with one arbiter or another; its record names it."""
+    (tmp_path / "records").mkdir()
+    reports: list[Report] = []
+
+    def backup(arbiter: str = "file") -> Backup:
+        text = CONFIG if arbiter == "file" else CONFIG[: CONFIG.index("[arbiter]")] + NOBODY
+        (tmp_path / "b.toml").write_text(text)
+        config = load(tmp_path / "b.toml")
+        report = Report(config, Metrics(), "backup")
+        reports.append(report)
+        options = LinkOptions(identity=None, heartbeat=HeartbeatSettings(interval_ms=50, misses=6))
+        inquiry = Inquiry(open_arbiter(config.arbiter), report, "b")
+        made = Backup(config, report, options, inquiry, Partner(config))
+        made._authority.on(Event.COMMITTED)
+        made._claimable = True
+        for state in (PairState.SYNCING, PairState.PROTECTED):
+            report.machine.move(state, "for this test")
+        return made
+
+    yield backup
+    for report in reports:
+        report.flight.close()
+
+
+async def record_names_b(folder: Path) -> FileArbiter:
+    arbiter = FileArbiter(folder / "records", "web", timeout=5)
+    await arbiter.compare_and_set(None, Record(generation=GENERATION, owner="a", state="paired", backup="b"))
+    return arbiter
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -72,20 +110,15 @@ def shadow(tmp_path: Path) -> Shadow:
     ],
 )
 async def test_a_won_guest_that_cannot_be_started_ends_the_backup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shadow: Shadow, error: Exception
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], Backup],
+    shadow: Shadow,
+    error: Exception,
 ) -> None:
     """The arbiter has given it the guest by then: the next session would meet a standing without a row."""
-    (tmp_path / "b.toml").write_text(CONFIG)
-    (tmp_path / "records").mkdir()
-    arbiter = FileArbiter(tmp_path / "records", "web", timeout=5)
-    await arbiter.compare_and_set(None, Record(generation=GENERATION, owner="a", state="paired", backup="b"))
-    config = load(tmp_path / "b.toml")
-    report = Report(config, Metrics(), "backup")
-    options = LinkOptions(identity=None, heartbeat=HeartbeatSettings(interval_ms=50, misses=6))
-    backup = Backup(config, report, options, Inquiry(arbiter, report, "b"), Partner(config))
-    backup._authority.on(Event.COMMITTED)
-    for state in (PairState.SYNCING, PairState.PROTECTED):
-        report.machine.move(state, "for this test")
+    arbiter = await record_names_b(tmp_path)
+    backup = make()
 
     async def fails(*_: Any, **__: Any) -> float:
         raise error
@@ -94,12 +127,135 @@ async def test_a_won_guest_that_cannot_be_started_ends_the_backup(
     take_over: Callable[..., Awaitable[Any]] = backup._take_over
     now = time.monotonic()
     loss = _Loss("silence", "nothing heard", now, now)
-    gone: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
     with pytest.raises(QemuDied, match=rf"has won the guest, and could not start it from epoch 1: {error}"):
-        await take_over(loss, NoQemu(), shadow, Copies([]), GENERATION, gone)
+        await take_over(loss, NoQemu(), shadow, Copies([]), GENERATION, pending())
     assert backup._authority.standing is Standing.ALONE
     record = await arbiter.read()
     assert record is not None
     assert (record.owner, record.generation) == ("b", GENERATION + 1)
     shadow.close()
-    report.flight.close()
+
+
+# ---- a daemon of the pair is replaced ---------------------------------------------------------------------
+
+
+def pending() -> asyncio.Future[int | None]:
+    return asyncio.get_running_loop().create_future()
+
+
+class Door:
+    """Stands for the listener: whether somebody is on the threshold."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.last = 0
+        self.arrives: Callable[[], None] = lambda: None
+
+    @property
+    def forming(self) -> bool:
+        self.looks += 1
+        if self.looks == self.last:
+            self.arrives()
+        return self.looks < self.last
+
+
+def waits(backup: Backup, seconds: float, *, own: bool = False) -> Door:
+    now = time.monotonic()
+    backup._away = Away("a", GENERATION, 41, own, now, now + seconds)
+    door = Door()
+    backup._listener = door  # type: ignore[assignment]
+    return door
+
+
+def hello(**changes: Any) -> Hello:
+    values: dict[str, Any] = {
+        "software_version": "1",
+        "node": "a",
+        "session": uuid4(),
+        "generation": GENERATION,
+        "epoch_ms": 20,
+        "heartbeat": HeartbeatSettings(interval_ms=50, misses=6),
+        "resume": Resume(epoch=41),
+    }
+    return Hello(**values | changes)
+
+
+async def test_only_the_primary_that_left_and_only_from_its_last_epoch_may_go_on(
+    make: Callable[[], Backup],
+) -> None:
+    backup = make()
+    assert not backup._may_resume(hello())  # nobody is away
+    waits(backup, 60)
+    assert backup._may_resume(hello())
+    for wrong in (
+        {"node": "c"},
+        {"generation": GENERATION + 1},
+        {"resume": Resume(epoch=40)},
+        {"resume": Resume(epoch=42)},
+    ):
+        assert not backup._may_resume(hello(**wrong)), wrong
+    backup._authority.on(Event.LOST)  # it has begun to claim
+    assert not backup._may_resume(hello())
+
+
+async def test_a_session_that_was_admitted_in_time_is_waited_for(make: Callable[[], Backup]) -> None:
+    """The primary may take it for one already: the backup must not claim at the same time."""
+    backup = make()
+    door = waits(backup, 0)
+    session: Any = object()
+    door.last, door.arrives = 4, lambda: backup._arrived.put_nowait(session)
+    assert await backup._next_session(pending()) is session
+
+
+async def test_the_wait_ends_with_its_time_an_operator_or_qemu(make: Callable[[], Backup]) -> None:
+    backup = make()
+    waits(backup, 0.01)
+    assert await backup._next_session(pending()) is None
+    waits(backup, 60)
+    backup.force()
+    assert await backup._next_session(pending()) is None
+    backup._forced = asyncio.get_running_loop().create_future()
+    gone = pending()
+    gone.set_result(1)
+    assert await backup._next_session(gone) is None
+
+
+@pytest.mark.parametrize(
+    ("arbiter", "own", "starts"),
+    [("file", False, True), ("file", True, True), ("none", False, True), ("none", True, False)],
+)
+async def test_when_the_time_is_over(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[str], Backup],
+    shadow: Shadow,
+    arbiter: str,
+    own: bool,
+    starts: bool,
+) -> None:
+    """The shadow is started if the arbiter allows it; without one, only by the side that never was away."""
+    await record_names_b(tmp_path)
+    backup = make(arbiter)
+    waits(backup, 0, own=own)
+    started: list[str] = []
+
+    async def start(*_: Any, **__: Any) -> float:
+        started.append("it")
+        raise QemuError("for this test, that is enough")
+
+    monkeypatch.setattr(ftd.backup, "start_shadow", start)
+    give_up: Callable[..., Awaitable[Any]] = backup._give_up_waiting
+    assert backup._away is not None
+    work = asyncio.ensure_future(give_up(backup._away, NoQemu(), shadow, Copies([]), pending()))
+    if starts:
+        with pytest.raises(QemuDied, match="could not start it from epoch 1"):
+            await work
+        assert started == ["it"]
+    else:
+        while backup._report.machine.state is not PairState.HELD:  # noqa: ASYNC110 - in the same loop
+            await asyncio.sleep(0)
+        assert "it may run the guest alone" in backup._report.machine.reason
+        backup._arrived.put_nowait(object())  # type: ignore[arg-type]
+        assert await work is None
+        assert started == []
+    shadow.close()

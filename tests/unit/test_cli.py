@@ -8,15 +8,28 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from unit.fake_node import PROTECTED, FakeNode, serving
 
 from ftd import __version__, cli
 from ftd.errors import FtdError
-from ftd.status import Difference, DiskDifference, PathStatus, PeerFlight, PeerStatus, Status, VerifyReport
+from ftd.state import PairState
+from ftd.status import (
+    Difference,
+    DiskDifference,
+    Done,
+    PathStatus,
+    PeerFlight,
+    PeerStatus,
+    ResumptionStatus,
+    Status,
+    VerifyReport,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -306,6 +319,60 @@ def test_why_has_the_peers_record_fetched(node: FakeNode, url: str, tmp_path: Pa
         f"ftd: without the other node's record: {url}: "
         "no session with the peer at 10.0.0.1 now: this node is solo\n"
     )
+
+
+class Replaced(FakeNode):
+    """Its daemon is replaced by one of another version when that is asked for."""
+
+    resumes = True
+
+    async def control(self, action: str, arguments: Mapping[str, Any]) -> Done:
+        done = await super().control(action, arguments)
+        after: dict[str, Any] = {"version": "1.3.0", "uptime": self.now.uptime / 1000}
+        if self.resumes:
+            after["resumption"] = ResumptionStatus(count=1, epoch=43, held=0.84)
+        else:
+            after |= {"state": PairState.SOLO, "reason": "no backup"}
+        self.now = self.now.model_copy(update=after)
+        return done
+
+
+def test_upgrade_waits_for_the_next_daemon_and_tells_what_that_cost() -> None:
+    node = Replaced()
+    with serving(node) as url:
+        result = ftd("upgrade", "--url", url)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.splitlines() == [
+            "upgrade is done",
+            "ftd 1.2.3 -> 1.3.0: protection goes on, nothing was copied; output waited 840 ms",
+        ]
+        told = Status.model_validate_json(ftd("upgrade", "--url", url, "--json", "--timeout", "1").stdout)
+        assert told.version == "1.3.0"
+        shown = ftd("status", "--url", url).stdout
+        assert "1 × without a copy, last in epoch 43, output waited 840 ms" in shown
+
+
+def test_upgrade_says_that_there_was_nothing_to_go_on_with() -> None:
+    node = Replaced()
+    node.resumes = False
+    with serving(node) as url:
+        result = ftd("upgrade", "--url", url)
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == "ftd 1.2.3 -> 1.3.0: solo (no backup)"
+
+
+class Staying(FakeNode):
+    """Gets older."""
+
+    def status(self) -> Status:
+        return self.now.model_copy(update={"uptime": time.monotonic()})
+
+
+def test_upgrade_complains_about_a_daemon_that_stays() -> None:
+    with serving(Staying()) as url:
+        result = ftd("upgrade", "--url", url, "--timeout", "0.3")
+    assert result.returncode == 3
+    assert "no other daemon answers after 0.3 s; see its log" in result.stderr
 
 
 def test_takeover_by_hand_needs_the_word(node: FakeNode, url: str) -> None:

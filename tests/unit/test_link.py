@@ -18,7 +18,7 @@ import trustme
 from ftd import tls
 from ftd.channel import Channel
 from ftd.detector import Verdict
-from ftd.errors import ConfigError, HostError, LinkError, PeerError
+from ftd.errors import ConfigError, HostError, LinkError, NothingToResume, PeerError
 from ftd.link import LinkLost, LinkOptions, Listener, LostKind, Session, connect
 from ftd.messages import (
     Ack,
@@ -28,6 +28,7 @@ from ftd.messages import (
     HeartbeatSettings,
     Hello,
     Refusal,
+    Resume,
     Welcome,
     encode,
 )
@@ -574,10 +575,21 @@ async def test_a_second_primary_is_refused_and_the_first_goes_on(options):
 
 async def test_another_protocol_version_is_refused_with_both_numbers(options):
     async with listening(options) as backup:
-        told = f"version {PROTOCOL_VERSION + 1}, this side {PROTOCOL_VERSION}"
-        with pytest.raises(PeerError, match=told):
+        with pytest.raises(PeerError, match=f"version {PROTOCOL_VERSION + 1}, this side {PROTOCOL_VERSION}"):
             await backup.connect(hello(protocol=PROTOCOL_VERSION + 1))
         assert await backup.next_rejected() == "incompatible"
+
+
+async def test_what_is_to_be_resumed_and_is_lost_is_told_from_what_may_come_later(options):
+    def admit(hello):
+        return Refusal(reason="it is gone", lost=hello.resume is not None and hello.resume.epoch == 41)
+
+    async with listening(options, admit=admit) as backup:
+        with pytest.raises(NothingToResume, match="it is gone"):
+            await backup.connect(hello(resume=Resume(epoch=41)))
+        with pytest.raises(PeerError) as later:
+            await backup.connect(hello(resume=Resume(epoch=42)))
+        assert not isinstance(later.value, NothingToResume)
 
 
 async def test_exchanged_ports_are_named(options):

@@ -64,6 +64,8 @@ ftd_pair_state_moves_total counter state=stopped|waiting|syncing|protected|solo|
 ftd_pair_state_number gauge
 ftd_pause_part_seconds histogram part=stop|drain|harvest|copy|device|digest|resume
 ftd_pause_seconds histogram
+ftd_resumption_last_seconds gauge
+ftd_resumptions_total counter
 ftd_role gauge role=primary|backup
 ftd_speculative_active gauge
 ftd_speculative_gain_pages gauge
@@ -75,7 +77,7 @@ ftd_sync_progress_ratio gauge
 ftd_syncs_completed_total counter
 ftd_takeover_seconds gauge phase=detection|activation|total
 ftd_takeovers_refused_total counter
-ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced|link-cut
+ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced|link-cut|restart-overdue
 ftd_verify_differing_pages_total counter
 ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|disks_not_replicated|arbiter_unreachable|arbiter_stale|path_down|other_peer
 """  # noqa: E501

@@ -548,3 +548,28 @@ def test_the_fuzz_test_finds_a_check_that_is_missing(
     disable(monkeypatch)
     with pytest.raises(AssertionError, match=r"seed \d+, "):
         fuzz(folder, range(1000, 1060), [damage])
+
+
+def test_a_shadow_is_restored_from_what_its_daemon_has_handed_on(shadow: Shadow, ram: Path) -> None:
+    """RAM stays in its file; what is in no file, and the state of the devices, comes out of the image."""
+    shadow.apply(frame_of(Spec(pages={(0, 3): 33, (1, 2): 12, (2, 0): 20}).whole()))
+    image = shadow.load_image()
+    before = snapshot(shadow, ram)
+    shadow.close()
+    restored = Shadow({RAM.name: ram})
+    restored.restore(image, GENERATION, 1)
+    assert (restored.generation, restored.committed_epoch) == (GENERATION, 1)
+    assert restored.takeover_refusal() is None
+    assert different_pages(snapshot(restored, ram), before) == []
+    assert (restored.device, restored.blocks) == (b"device state", BLOCKS)
+    # And it goes on from there.
+    restored.apply(frame_of(Spec(epoch=2, pages={(1, 0): 7})))
+    assert restored.committed_epoch == 2
+    restored.close()
+    for generation, epoch in ((GENERATION + 1, 1), (GENERATION, 2)):
+        another = Shadow({RAM.name: ram})
+        with pytest.raises(FrameError, match=r"is of epoch 1 in generation 7: expected"):
+            another.restore(image, generation, epoch)
+        assert another.takeover_refusal() is not None
+        another.close()
+    os.close(image)

@@ -157,7 +157,7 @@ def test_memory_that_is_not_to_be_had_is_a_host_error(monkeypatch: pytest.Monkey
 
     real = Slot
 
-    def second_fails(index: int, size: int) -> Slot:
+    def second_fails(index: int, size: int, fd: int | None = None) -> Slot:
         if index == 1:
             raise HostError("staging slot ftd-slot-1: memfd_create failed: Too many open files")
         return real(index, size)

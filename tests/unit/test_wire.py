@@ -95,9 +95,11 @@ def test_the_length_is_not_believed_before_the_checksum():
 
 
 def test_another_version_is_told_as_such():
-    told = f"version {PROTOCOL_VERSION + 1}, this side {PROTOCOL_VERSION}; install the same version"
-    with pytest.raises(VersionMismatch, match=told):
-        decode_header(raw(version=PROTOCOL_VERSION + 1))
+    newer, older = PROTOCOL_VERSION + 1, PROTOCOL_VERSION - 1
+    for version, where in ((newer, "here"), (older, "on the peer")):
+        told = rf"version {version}, this side {PROTOCOL_VERSION}: .*; upgrade ftd {where} as well"
+        with pytest.raises(VersionMismatch, match=told):
+            decode_header(raw(version=version))
 
 
 def test_too_large_a_message_is_a_fault_of_the_sender():
