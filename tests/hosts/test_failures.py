@@ -5,7 +5,7 @@ The other rows are in test_authority.py; test_chaos.py mixes all of them. A thir
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,23 @@ def jump(daemon: Daemon, seconds: int) -> None:
     (daemon.folder / "clock").write_text(f"{seconds:+d}\n")
 
 
-async def test_clocks_of_hosts_jump(make_pair: StartPair, etcd: Etcd) -> None:
+@pytest.fixture
+def faketime() -> Iterator[Path]:
+    """Gives the library. First among the fixtures of a test: what its killed processes leave in shared memory is removed, of earlier runs too."""
+    assert FAKETIME.exists(), "run scripts/setup"
+    yield FAKETIME
+    for left in Path("/dev/shm").glob("*faketime_s*_*"):
+        if not Path("/proc", left.name.rpartition("_")[2]).exists():
+            left.unlink(missing_ok=True)
+
+
+async def test_clocks_of_hosts_jump(faketime: Path, make_pair: StartPair, etcd: Etcd) -> None:
     """Forwards, backwards and apart: nothing happens; and what happens then does not depend on them."""
-    assert FAKETIME.exists(), "run scripts/setup"  # noqa: ASYNC240
     pair: Pair = await make_pair(await bare_guest(), arbitrated(etcd) | NIC)
     for daemon in (pair.primary, pair.backup):
         jump(daemon, 0)
         daemon.environment = {
-            "LD_PRELOAD": str(FAKETIME),
+            "LD_PRELOAD": str(faketime),
             "FAKETIME_TIMESTAMP_FILE": str(daemon.folder / "clock"),
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "FAKETIME_NO_CACHE": "1",
