@@ -77,7 +77,10 @@ def jump(daemon: Daemon, seconds: int) -> None:
 
 @pytest.fixture
 def faketime() -> Iterator[Path]:
-    """Gives the library. First among the fixtures of a test: what its killed processes leave in shared memory is removed, of earlier runs too."""
+    """Gives the library. What its killed processes leave in shared memory is removed, of earlier runs, too.
+
+    To be the first fixture of a test: those that start processes are then gone before it.
+    """
     assert FAKETIME.exists(), "run scripts/setup"
     yield FAKETIME
     for left in Path("/dev/shm").glob("*faketime_s*_*"):
