@@ -131,7 +131,13 @@ class Monitor:
                 await loop.sock_connect(connection, str(self.path))
                 # asyncio owns `connection` from here on and offers no way to send a descriptor through it.
                 self._socket = connection.dup()
-                await self._client.connect(connection)
+                try:
+                    await self._client.connect(connection)
+                except AssertionError:
+                    # That of qemu.qmp when QEMU is gone at the very moment at which the session is there.
+                    raise QemuDied(
+                        f"{self.path}: QEMU closed the connection after its greeting; see its log"
+                    ) from None
         except FileNotFoundError:
             raise QemuError(
                 f"{self.path}: no such socket; is QEMU running with -qmp unix:{self.path},server=on,wait=off?"

@@ -89,7 +89,6 @@ def test_rows(latency: Start) -> None:
     assert "throughput_aim_met" not in rows[1]
 
 
-@pytest.mark.alone
 def test_quick(latency: Start) -> None:
     process = latency("--quick", "--epochs-ms", "20", "--seconds", "0.5")
     output, errors = process.communicate(timeout=180)

@@ -12,7 +12,6 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(180)]
 PEERS = Path(__file__).parents[2] / "bench" / "peers"
 
 
-@pytest.mark.alone
 def test_both_systems(qemu_binary: Path) -> None:
     words = [sys.executable, PEERS, "--quick", "--json", "--seconds", "1", "--qemu", qemu_binary]
     done = subprocess.run([*words], capture_output=True, text=True, timeout=150, check=False)

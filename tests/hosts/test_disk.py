@@ -6,7 +6,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,25 +248,33 @@ async def test_a_copy_ends_although_the_guest_writes_more_than_its_journal_holds
     await make_images(pair, [64 * MIB], ext4=False)
     await pair.primary.start()
     await pair.primary.wait_state("solo")
-    writing = asyncio.create_task(write_on(pair.primary))
-    try:
+    async with writes(pair.primary):
         await pair.backup.start()
         await pair.wait_protected()
         await wait_committed(pair.primary, 20)
-    finally:
-        writing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await writing
     await request(pair.primary, "aio_flush")
     await assert_disks_equal(pair.primary, pair.backup, 1)
     assert differing_blocks(image(pair.primary), Path("/dev/null")) != []
 
 
-async def write_on(daemon: Daemon) -> None:
-    """Make requests until cancelled."""
+@contextlib.asynccontextmanager
+async def writes(daemon: Daemon) -> AsyncIterator[None]:
+    """The guest's disk is written to meanwhile."""
+    over = asyncio.Event()
+    writing = asyncio.create_task(write_on(daemon, over))
+    try:
+        yield
+    finally:
+        # Not cancelled: the answer to a request under way would be what the next client reads first.
+        over.set()
+        await writing
+
+
+async def write_on(daemon: Daemon, over: asyncio.Event) -> None:
+    """Make requests until it is over."""
     random_ = random.Random(1)
     async with await Monitor.connect(daemon.run_dir / "operator.sock") as operator:
-        while True:
+        while not over.is_set():
             sectors = random_.randrange(1, 6144)
             place = random_.randrange(131072 - sectors)
             command = f"aio_write -P {random_.randrange(1, 256)} {place * 512} {sectors * 512}"
@@ -282,8 +290,7 @@ async def test_a_block_of_the_backup_that_is_wrong_is_found_and_mended(make_pair
     await make_images(pair, [64 * MIB, GIB], ext4=False)
     await start(pair)
     blocks = (64 * MIB + GIB) // BLOCK
-    writing = asyncio.create_task(write_on(pair.primary))
-    try:
+    async with writes(pair.primary):
         found = await post(pair.primary, "verify")
         assert (found["ok"], found["disk_blocks"], found["disk_differences"]) == (True, blocks, [])
         # What is found by itself is what the guest wrote since.
@@ -304,10 +311,6 @@ async def test_a_block_of_the_backup_that_is_wrong_is_found_and_mended(make_pair
         assert await metric(pair.primary, "ftd_syncs_completed_total") == 2
         found = await post(pair.primary, "verify")
         assert (found["ok"], found["disk_blocks"]) == (True, blocks)
-    finally:
-        writing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await writing
 
 
 @pytest.mark.skipif(not CONTROL.exists(), reason="this kernel has no loop devices")

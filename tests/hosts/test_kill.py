@@ -65,9 +65,9 @@ async def test_host_dies_during_first_sync(make_pair: StartPair) -> None:
     settings = {"staging": {"slot_mib": 4, "slots": 2}}
     pair: Pair = await make_pair(await bare_guest(pages=8192, rounds_per_second=0), settings)
     pair.a.limit_link(40_000_000)
-    await pair.backup.start()
-    await wait_ready(pair.backup)
     await pair.primary.start()
+    await assert_bare_guest_goes_on(pair.primary, lines=1)  # it has memory that takes a while to copy
+    await pair.backup.start()
     await pair.primary.wait_status(
         "a copy half done",
         lambda status: status["state"] == "syncing" and 0.1 < status["sync"]["progress"] < 0.9,

@@ -122,7 +122,8 @@ async def test_requests_are_recorded_in_the_epoch_in_which_they_were_made(make_m
     await machine.io("discard 1M 64k", disk=1)
     await machine.io("flush")
     second = await machine.checkpoint()
-    assert first == [
+    # QEMU adds flushes of its own at times, with an iothread for one.
+    assert [each for each in first if each.kind is not RequestKind.FLUSH] == [
         Request(0, RequestKind.DATA, 512, 512, b"\x07" * 512),
         Request(1, RequestKind.DATA, 0, 8192, b"\x08" * 8192),
         Request(0, RequestKind.DATA, 1024, 3072, b"\x09" * 3072),
