@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ftd.errors import HostError, friendly
 from ftd.state import Role
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Memory(BaseModel):
@@ -38,20 +41,27 @@ class Durable:
 
     def read(self) -> Memory:
         """Return what was last written, or an empty memory."""
-        try:
-            return Memory.model_validate_json(self.path.read_bytes())
-        except FileNotFoundError:
-            return Memory()
-        except OSError as error:
-            raise HostError(friendly(error)) from None
-        except ValidationError:
-            raise HostError(
-                f"{self.path}: is not a node's memory; if the peer runs the guest or no guest runs, remove it"
-            ) from None
+        not_one = "is not a node's memory; if the peer runs the guest or no guest runs, remove it"
+        return load(self.path, Memory, not_one) or Memory()
 
     def write(self, memory: Memory) -> None:
         """Replace what was written before, and return when it would survive a power loss."""
         replace(self.path, memory)
+
+
+def load(path: Path, model: type[ModelT], not_one: str) -> ModelT | None:
+    """Read what `replace` has written; None if there is no such file.
+
+    Raises HostError: the host's own words, or PATH and `not_one` if what is there is not of that model.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise HostError(friendly(error)) from None
+    except ValidationError:
+        raise HostError(f"{path}: {not_one}") from None
 
 
 def replace(path: Path, model: BaseModel) -> None:

@@ -222,7 +222,6 @@ class Protection:
         self._questions = Questions(session.send)
         self._disk_checks: DiskChecks | None = None
         self._group: asyncio.TaskGroup | None = None
-        self._disk_copy: DiskCopy | None = None
         self._resumed = carried
         if carried is not None:
             self._staging, self._release = carried.staging, carried.release

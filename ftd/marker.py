@@ -25,10 +25,9 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from ftd.durable import replace
-from ftd.errors import HostError, friendly
+from ftd.durable import load, replace
 
 
 class Worth(StrEnum):
@@ -66,17 +65,11 @@ class Marker:
 
     def read(self) -> Note | None:
         """Return what was last written, or None."""
-        try:
-            return Note.model_validate_json(self.path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise HostError(friendly(error)) from None
-        except ValidationError:
-            raise HostError(
-                f"{self.path}: is not the marker of a disk; if you know that {self.image} is the newest copy "
-                "of the disk, remove it"
-            ) from None
+        not_one = (
+            f"is not the marker of a disk; if you know that {self.image} is the newest copy of the disk, "
+            "remove it"
+        )
+        return load(self.path, Note, not_one)
 
     def write(self, note: Note) -> None:
         """Replace the marker, and return when it would survive a power loss."""

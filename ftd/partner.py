@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ftd import log
 from ftd.config import Config
 from ftd.config.paths import same_address
-from ftd.durable import replace
+from ftd.durable import load, replace
 from ftd.errors import HostError, friendly
 
 _log = log.get(__name__)
@@ -49,17 +49,10 @@ class Partner:
         self._choice = self._read()
 
     def _read(self) -> Choice | None:
-        try:
-            choice = Choice.model_validate_json(self.path.read_bytes())
-        except FileNotFoundError:
+        not_one = f"is no choice of `ftd protect`; remove it to have [link] peer = {self._link.peer} again"
+        choice = load(self.path, Choice, not_one)
+        if choice is None:
             return None
-        except OSError as error:
-            raise HostError(friendly(error)) from None
-        except ValidationError:
-            raise HostError(
-                f"{self.path}: is no choice of `ftd protect`; remove it to have [link] peer = "
-                f"{self._link.peer} again"
-            ) from None
         if choice.instead_of != self._link.peer:
             _log.warning(
                 "the peer is that of the configuration, which was changed since `ftd protect`",
