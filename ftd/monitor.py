@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -135,6 +136,8 @@ class Monitor:
                     await self._client.connect(connection)
                 except AssertionError:
                     # That of qemu.qmp when QEMU is gone at the very moment at which the session is there.
+                    with contextlib.suppress(Exception):
+                        await self._client.disconnect()  # otherwise nobody hears what its tasks ended with
                     raise QemuDied(
                         f"{self.path}: QEMU closed the connection after its greeting; see its log"
                     ) from None

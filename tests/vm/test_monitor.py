@@ -111,6 +111,20 @@ async def test_server_that_hangs_up(serve):
         await Monitor.connect(await serve(behave))
 
 
+async def test_server_that_hangs_up_when_the_session_is_up(serve):
+    """What qemu.qmp takes for impossible, and a QEMU that is killed at that moment does."""
+
+    async def behave(reader, writer):
+        writer.write(b'{"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": ""}, ')
+        writer.write(b'"capabilities": []}}\r\n')
+        asked = json.loads(await reader.read(4096))
+        writer.write(json.dumps({"return": {}, "id": asked.get("id")}).encode() + b"\r\n")
+        writer.close()
+
+    with pytest.raises(QemuDied, match="closed the connection after its greeting"):
+        await Monitor.connect(await serve(behave))
+
+
 async def test_second_client_waits_until_the_first_leaves(monitor):
     with pytest.raises(QemuError, match="one client at a time"):
         await Monitor.connect(monitor.path, timeout=0.2)
