@@ -682,6 +682,22 @@ async def _dial(options: LinkOptions, hello: Hello, path: PathSettings, port: in
     return channel
 
 
+async def _readable(sock: socket.socket) -> None:
+    """Wait until something can be read, or accepted, from sock."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
 async def _open(options: LinkOptions, connection: Connection, host: str, port: int, source: str) -> Channel:
     loop = asyncio.get_running_loop()
     where = f"{host}:{port}"
@@ -904,8 +920,15 @@ class Listener:
     async def _accept(self, listening: socket.socket, *, heartbeat: bool, path: str = "") -> None:
         loop = asyncio.get_running_loop()
         while True:
+            # Not loop.sock_accept: cancelled at the very moment at which somebody connects, it reports the
+            # connection to a future that is done (InvalidStateError) and drops it. Here nothing is awaited
+            # between the connection and its task.
+            await _readable(listening)
             try:
-                sock, address = await loop.sock_accept(listening)
+                sock, address = listening.accept()
+                sock.setblocking(False)
+            except (BlockingIOError, InterruptedError):
+                continue  # it left again
             except OSError as error:
                 # Out of descriptors, or the peer left already. Neither ends the listener; the first needs a
                 # rest.

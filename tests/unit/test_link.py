@@ -945,6 +945,23 @@ async def test_connecting_can_be_cancelled(options):
             await attempt_
 
 
+async def test_closed_at_the_moment_somebody_connects(options):
+    """Nobody's connection is lost to a future that was cancelled, and nothing is reported."""
+    loop = asyncio.get_running_loop()
+    reported = []
+    loop.set_exception_handler(lambda _loop, context: reported.append(context))
+    async with listening(options) as backup:
+        await asyncio.sleep(0)  # the listener waits
+        with socket.create_connection((HOST, backup.listener.ports[0])) as client:
+            # One turn of the loop: it finds the listener readable, and this runs before the callback does.
+            await asyncio.sleep(0)
+            await backup.listener.close()
+            client.settimeout(SOON)
+            with suppress(ConnectionError):
+                assert client.recv(1) == b""
+    assert not reported
+
+
 def open_descriptors():
     return len(list(Path("/proc/self/fd").iterdir()))
 
