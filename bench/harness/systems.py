@@ -54,7 +54,7 @@ class System:
     """A tracker, and what is switched otherwise than it is by itself."""
 
     tracker: str
-    switches: dict[str, bool] = field(default_factory=dict)
+    switches: dict[str, bool | int] = field(default_factory=dict)
 
     @property
     def ring_entries(self) -> int:
@@ -76,6 +76,7 @@ SYSTEMS = {
     "ring-late-registers": System("ring", {"early-registers": False}),
     "ring-one-harvester": System("ring", {"parallel-harvest": False}),
     "ring-no-groups": System("ring", {"dirty-groups": False}),
+    "ring-hot": System("ring", {"hot-epochs": 3}),
 }
 
 

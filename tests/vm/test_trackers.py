@@ -30,6 +30,7 @@ EPOCH_SECONDS = 0.03
 MEMORY = 32 << 20
 SLOT_PAGES = 2048
 DEVICE_START, DEVICE_PAGES = 8 << 20, 8
+HOT_TERM = 32  # epochs, as in QEMU
 ROUND = re.compile(r"^round (\d+)", re.MULTILINE)
 
 GUEST = {
@@ -71,6 +72,7 @@ class Mirror:
         self.events: list[dict[str, Any]] = []
         self.pressed = asyncio.Event()
         self.pages = 0
+        self.told: dict[str, Any] = {}
         self.epoch = 1
         self._staging = staging
         self._assembler = FrameAssembler(1, limit=1 << 30)
@@ -108,6 +110,7 @@ class Mirror:
             self.pages += told["pages"]
             if told["complete"]:
                 break
+        self.told = told
         assert frame is not None
         self.shadow.apply(frame)
         self.epoch += 1
@@ -253,6 +256,51 @@ async def test_writes_after_the_early_harvest(mirror: Any, fault: str) -> None:
     assert bool(found) == (fault != "none")
 
 
+async def run_until_hot(guest: Mirror, *, live: bool, pages: int) -> None:
+    """Lets epochs pass until so many pages are hot."""
+    for _ in range(10 * HOT_TERM):
+        assert await run_epochs(guest, live=live, count=EVERY) == []
+        if guest.told["hot-pages"] >= pages:
+            return
+    pytest.fail(f"only {guest.told['hot-pages']} pages are hot")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("ring", "vcpus", "live"),
+    [
+        pytest.param(65536, 1, False, id="pauses"),
+        pytest.param(65536, 2, True, id="live-rounds"),
+        pytest.param(4096, 2, False, id="without-early-harvest"),
+    ],
+)
+async def test_hot_pages(mirror: Any, ring: int, vcpus: int, live: bool) -> None:
+    """Left unprotected, they are dirty in each epoch, until their term is over and nobody writes to them."""
+    guest = await mirror("kvm", ring, vcpus=vcpus)
+    await guest.begin(tracker="ring", switches={"hot-epochs": 2})
+    await run_until_hot(guest, live=live, pages=GUEST["pages"] // 4)
+    assert await run_epochs(guest, live=live, count=max(EPOCHS, HOT_TERM + 10)) == []
+
+    await guest.qemu.monitor.execute("stop")
+    for _ in range(HOT_TERM + 1):
+        await guest.checkpoint()
+    assert await guest.checkpoint(digest=True) == []
+    assert guest.told["hot-pages"] == 0
+    assert guest.told["pages"] + guest.told["zero-pages"] == 0
+
+    await guest.qemu.monitor.execute("cont")
+    await guest.qemu.monitor.execute("system_reset")
+    await run_until_hot(guest, live=live, pages=1)
+
+
+@pytest.mark.kvm
+async def test_hot_pages_that_are_forgotten_are_missed(mirror: Any) -> None:
+    """That is: the shadow of a test like the one above hangs on their being taken for dirty."""
+    guest = await mirror("kvm", 65536, vcpus=2)
+    await guest.begin(tracker="ring", switches={"hot-epochs": 2, "x-fault": "forget-hot"})
+    assert await run_epochs(guest, count=10 * EVERY)
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("vcpus", [1, 2])
 async def test_smallest_ring_loses_nothing(mirror: Any, vcpus: int) -> None:
@@ -286,6 +334,7 @@ async def test_ring_asks_for_a_checkpoint_before_it_is_full(mirror: Any) -> None
     [
         ("tcg", 0, {"tracker": "ring"}, "tracker 'ring' is for guests that run with KVM"),
         ("tcg", 0, {"switches": {"defer-reset": True}}, "are for tracker 'ring', not for 'generic'"),
+        ("tcg", 0, {"switches": {"hot-epochs": 3}}, "are for tracker 'ring', not for 'generic'"),
         pytest.param("kvm", 0, {"tracker": "ring"}, "needs dirty rings: start QEMU", marks=pytest.mark.kvm),
         pytest.param(
             "kvm", 4096, {"tracker": "bitmap"}, "start QEMU without dirty-ring-size", marks=pytest.mark.kvm
@@ -296,6 +345,13 @@ async def test_ring_asks_for_a_checkpoint_before_it_is_full(mirror: Any) -> None
             4096,
             {"switches": {"early-harvest": False, "x-fault": "only-early"}},
             "x-fault 'only-early' is for early-harvest",
+            marks=pytest.mark.kvm,
+        ),
+        pytest.param(
+            "kvm",
+            4096,
+            {"switches": {"x-fault": "forget-hot"}},
+            "x-fault 'forget-hot' is for hot-epochs",
             marks=pytest.mark.kvm,
         ),
     ],
