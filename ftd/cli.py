@@ -260,7 +260,7 @@ def _upgrade(arguments: argparse.Namespace) -> int:
 
 def _why(arguments: argparse.Namespace) -> int:
     from ftd import config as configuration
-    from ftd import flight
+    from ftd import explanation, flight
 
     state = configuration.load(arguments.config).node.state_folder
     flights = [flight.read(state / "flight.jsonl"), *map(flight.read, arguments.peer)]
@@ -282,7 +282,7 @@ def _why(arguments: argparse.Namespace) -> int:
         at = time.strftime("%H:%M:%S", time.gmtime(entry.at)) + f".{int(entry.at % 1 * 1000):03d}"
         print(f"{at}  {entry.node:12}  {entry}")
     print()
-    print(flight.explain(entries))
+    print(explanation.explain(entries))
     return 0
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ftd import log
-from ftd.errors import FtdError, HostError, PeerError, friendly
+from ftd.errors import HostError, PeerError, friendly
 
 _log = log.get(__name__)
 
@@ -211,80 +211,3 @@ def unpack(packed: str, limit: int = TAIL_BYTES) -> bytes:
 def merge(flights: Iterable[list[Entry]]) -> list[Entry]:
     """Return the entries of several nodes in the order of their times."""
     return sorted((entry for flight in flights for entry in flight), key=lambda entry: entry.at)
-
-
-def explain(entries: list[Entry]) -> str:
-    """Say in a few lines why the last takeover happened, or why there was none.
-
-    Raises FtdError if there are no entries.
-    """
-    if not entries:
-        raise FtdError("nothing was recorded")
-    last = max((number for number, entry in enumerate(entries) if entry.what == "took-over"), default=None)
-    lost = max((number for number, entry in enumerate(entries) if entry.what == "session-lost"), default=None)
-    if last is not None and (lost is None or lost < last or not _decided_after(entries, lost)):
-        return _why_taken(entries, last)
-    if lost is not None:
-        return _why_none(entries, lost)
-    return "No takeover: neither side has lost the other."
-
-
-def _decided_after(entries: list[Entry], lost: int) -> bool:
-    return any(
-        entry.what == "state" and entry.fields.get("to") in ("solo", "held") for entry in entries[lost:]
-    )
-
-
-def _before(entries: list[Entry], end: int, what: str, **fields: Any) -> Entry | None:
-    """Return the last entry of that kind, of the node whose entry `end` is."""
-    node = entries[end].node
-    for entry in reversed(entries[:end]):
-        if (
-            entry.node == node
-            and entry.what == what
-            and all(entry.fields.get(key) == value for key, value in fields.items())
-        ):
-            return entry
-    return None
-
-
-def _why_taken(entries: list[Entry], last: int) -> str:
-    took = entries[last]
-    lines = [
-        f"{took.node} took over at {_clock(took.at)} ({took.fields.get('trigger')}), "
-        f"from epoch {took.fields.get('epoch')}."
-    ]
-    lost = _before(entries, last, "session-lost")
-    if lost is not None:
-        lines.append(
-            f"It had lost its primary {took.at - lost.at:.3f} s before: {lost.fields.get('reason')}."
-        )
-    asked = _before(entries, last, "arbiter", question="takeover", answer="granted")
-    if asked is not None:
-        took_s = asked.fields.get("seconds", 0.0)
-        lines.append(f"The arbiter granted it within {took_s:.3f} s: {asked.fields.get('record')}.")
-    other = next((e for e in entries[last:] if e.node != took.node and e.what == "state"), None)
-    if other is not None:
-        lines.append(f"Then {other.node} was {other.fields.get('to')}: {other.fields.get('reason')}.")
-    return "\n".join(lines)
-
-
-def _why_none(entries: list[Entry], lost: int) -> str:
-    loss = entries[lost]
-    lines = [
-        f"No takeover after {loss.node} lost its peer at {_clock(loss.at)}: {loss.fields.get('reason')}."
-    ]
-    for entry in entries[lost + 1 :]:
-        if entry.what == "arbiter" and entry.fields.get("question") in ("solo", "takeover"):
-            lines.append(
-                f"{entry.node} asked for {entry.fields['question']}: {entry.fields.get('answer')}"
-                + (f", {entry.fields['record']}" if entry.fields.get("record") else "")
-                + "."
-            )
-        elif entry.what == "state" and entry.fields.get("to") in ("solo", "held", "waiting", "stopped"):
-            lines.append(f"{entry.node} was {entry.fields['to']}: {entry.fields.get('reason')}.")
-    return "\n".join(lines[:12])
-
-
-def _clock(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at)) + f".{int(at % 1 * 1000):03d} UTC"

@@ -177,8 +177,12 @@ class Node:
         watchdog = asyncio.create_task(self._notifier.watch(self.why_unhealthy))
         try:
             return await self._live(options)
+        except Succession as ended:
+            self._note_replaced(ended.handed)
+            raise
         except asyncio.CancelledError:
             if self._succession:
+                self._note_replaced(None)
                 raise Succession(None) from None
             self._notifier.stopping("told to stop; the guest is not touched")
             raise
@@ -191,6 +195,14 @@ class Node:
             await self._inquiry.arbiter.close()
             await asyncio.to_thread(self._report.flight.close)
             await server.close()
+
+    def _note_replaced(self, handed: Handed | None) -> None:
+        """Have the flight recorder know: without this it looks as if the peer was lost."""
+        if handed is None:
+            self._report.flight.note("replaced")
+        else:
+            seconds = round(handed.deadline - handed.began, 3)
+            self._report.flight.note("replaced", peer=handed.peer_node, epoch=handed.epoch, seconds=seconds)
 
     async def _live(self, options: LinkOptions) -> int:
         """Play one part after the other, until the guest has ended."""

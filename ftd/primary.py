@@ -639,7 +639,7 @@ class Primary:
             carried=carried,
         )
         again, aborted = False, "link"
-        reason = ""
+        reason, suspended = "", False
         report.flight.note("session", peer=session.peer_node, generation=self._generation)
         try:
             await protection.run()
@@ -647,7 +647,7 @@ class Primary:
             aborted = error.aborted
             raise Deposed(str(error)) from None
         except Suspended as error:
-            aborted = error.aborted
+            aborted, suspended = error.aborted, True
             self._suspended(error.carried)
             again = True
         except ProtectionLost as error:
@@ -672,9 +672,9 @@ class Primary:
             self._stopped_guest = protection.stopped_guest
             self._protection = None
             report.session_ended()
-            report.flight.note(
-                "session-lost", reason=reason or "ended here", heartbeats_missed=session.heartbeats_missed
-            )
+            if not suspended:
+                missed = session.heartbeats_missed
+                report.flight.note("session-lost", reason=reason or "ended here", heartbeats_missed=missed)
             if not self._over and reason:
                 _log.warning("protection is lost", reason=reason)
                 if self._authority.release is not Release.ALL:

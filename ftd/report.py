@@ -335,7 +335,8 @@ class Report:
         self.metrics.resumptions.inc()
         if held is not None:
             self.metrics.resumption_seconds.set(held)
-        self.flight.note("resumed", epoch=epoch, generation=self.generation)
+        waited = {} if held is None else {"held": round(held, 4)}
+        self.flight.note("resumed", epoch=epoch, generation=self.generation, **waited)
 
     def begin_epoch(self, epoch: int) -> None:
         """An epoch is running."""

@@ -28,8 +28,13 @@ SHORT = {"node": {"restart_grace_ms": 1500}}
 
 async def upgrade(daemon: Daemon) -> str:
     """Call `ftd upgrade` on the daemon's host; returns what it says."""
+    return await ftd(daemon, "upgrade")
+
+
+async def ftd(daemon: Daemon, command: str) -> str:
+    """Call a command of ftd on the daemon's host; returns what it says."""
     process = await daemon.host.run(
-        [sys.executable, "-m", "ftd", "upgrade", daemon.config],
+        [sys.executable, "-m", "ftd", command, daemon.config],
         stdout=-1,
         stderr=-1,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -84,6 +89,10 @@ async def test_both_daemons_are_replaced_and_a_database_on_a_disk_goes_on(
     assert "protection goes on, nothing was copied" in await upgrade(pair.backup)
     await assert_nothing_was_copied(pair, pair.backup, 2)
     await load.wait_for(10)
+    told = (await ftd(pair.primary, "why")).splitlines()[-1]
+    assert told.startswith("No takeover: the daemon of host-b was replaced in place at ")
+    held = (await pair.primary.status())["resumption"]["held"]
+    assert told.endswith(f"without a copy; output was held for {held:.3f} s.")
 
     assert [pair.primary.qemu_pid(), pair.backup.qemu_pid()] == qemus
     assert [daemon.process.pid for daemon in (pair.primary, pair.backup) if daemon.process] == processes
@@ -137,6 +146,9 @@ async def test_next_daemon_does_not_come_or_comes_too_late(start_pair: StartPair
         process = await leave(a, b)
         os.kill(process, signal.SIGSTOP)
         await assert_overdue(b, committed, 3)
+        told = await ftd(b, "why")
+        assert "The daemon of host-a was being replaced in place since " in told
+        assert "the next one did not come within the 1.5 s agreed; output was held for " in told
         assert await free_guests(pair) == ["host-b"]
         os.kill(process, signal.SIGCONT)
         await wait_roles(b, a, 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ftd import flight
-from ftd.errors import FtdError, HostError, PeerError
+from ftd.errors import HostError, PeerError
 from ftd.flight import Entry, FlightRecorder
 
 
@@ -53,57 +53,6 @@ def test_a_line_that_a_crash_cut_is_left_out(tmp_path: Path) -> None:
 def test_no_flight_is_told(tmp_path: Path) -> None:
     with pytest.raises(HostError, match=r"flight\.jsonl: no such file; nothing was recorded"):
         flight.read(tmp_path / "flight.jsonl")
-    with pytest.raises(FtdError, match="nothing was recorded"):
-        flight.explain([])
-
-
-LOST = Entry(10.0, "b", "session-lost", {"reason": "silence: nothing heard"})
-
-
-def test_a_takeover_is_explained_from_both_sides() -> None:
-    mine = [
-        LOST,
-        Entry(
-            10.2,
-            "b",
-            "arbiter",
-            {"question": "takeover", "answer": "granted", "seconds": 0.004, "record": "generation 2, b solo"},
-        ),
-        Entry(10.5, "b", "took-over", {"trigger": "silence", "epoch": 77}),
-    ]
-    other = [
-        Entry(9.0, "a", "session", {"peer": "b"}),
-        Entry(12.0, "a", "state", {"to": "waiting", "reason": "this node has lost the guest"}),
-    ]
-    merged = flight.merge([mine, other])
-    assert [entry.at for entry in merged] == [9.0, 10.0, 10.2, 10.5, 12.0]
-    assert flight.explain(merged).splitlines() == [
-        "b took over at 1970-01-01 00:00:10.500 UTC (silence), from epoch 77.",
-        "It had lost its primary 0.500 s before: silence: nothing heard.",
-        "The arbiter granted it within 0.004 s: generation 2, b solo.",
-        "Then a was waiting: this node has lost the guest.",
-    ]
-
-
-def test_that_there_was_none_is_explained() -> None:
-    story = [
-        LOST,
-        Entry(
-            10.1,
-            "b",
-            "arbiter",
-            {"question": "takeover", "answer": "denied", "record": "generation 2, a solo"},
-        ),
-        Entry(
-            10.2, "b", "state", {"to": "waiting", "reason": "the primary is lost, and takeover is refused"}
-        ),
-    ]
-    assert flight.explain(story).splitlines() == [
-        "No takeover after b lost its peer at 1970-01-01 00:00:10.000 UTC: silence: nothing heard.",
-        "b asked for takeover: denied, generation 2, a solo.",
-        "b was waiting: the primary is lost, and takeover is refused.",
-    ]
-    assert "neither side has lost the other" in flight.explain([Entry(1.0, "a", "state", {"to": "solo"})])
 
 
 async def test_what_the_other_node_gets_is_new_whole_and_bounded(
