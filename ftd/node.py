@@ -43,7 +43,7 @@ from ftd.metrics import Metrics
 from ftd.notify import Notifier
 from ftd.partner import Partner
 from ftd.paths import PathSettings
-from ftd.primary import Primary, start_guest
+from ftd.primary import Primary, refuse_to_boot, start_guest
 from ftd.qemu import QemuProcess, RunFiles, listens
 from ftd.report import Report
 from ftd.state import Move, PairState, Role
@@ -384,9 +384,13 @@ class Node:
 
         Returns the record, and the generation up to which nobody has taken the guest from this node, -1 if
         that is not known. The record says it: no question of the other side is granted any more. Or a person.
+
+        Raises HostError, with nothing asked, if a disk is not one to start the guest from: each start of the
+        daemon would cost a generation.
         """
         if self._forced.is_set():
             self._forced.clear()
+            refuse_to_boot(self._config, sys.maxsize)  # whatever generation it will be
             forced = await self._inquiry.force(self._known)
             if not forced.granted or forced.record is None:
                 _log.error("the guest is not started: the arbiter has to know it", reason=forced.reason)
@@ -399,11 +403,13 @@ class Node:
             return None
         if record is not None and record.owner != self._config.node.name:
             return None
+        settled = -1 if record is None else record.generation
+        refuse_to_boot(self._config, settled)
         outcome = await self._inquiry.first(record)
         if not outcome.granted or outcome.record is None:
             return None
         self._remember(outcome.record.generation)
-        return outcome.record, -1 if record is None else record.generation
+        return outcome.record, settled
 
     def _remember(self, generation: int, role: Role = "primary") -> None:
         """Note this node's part in a generation. The guest goes on, whatever becomes of the note."""

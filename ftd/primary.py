@@ -72,6 +72,19 @@ CONNECT_WHILE_ASKING_SECONDS = 1.5
 _NOT_WANTED = frozenset({"host-signal", "host-error"})
 
 
+def refuse_to_boot(config: Config, settled: int) -> None:
+    """Raise HostError if a disk's marker says that no guest may be started from its image.
+
+    settled: as for `start_guest`. A guest that runs already is not started, and not refused.
+    """
+    if config.machine.attach is not None or is_running(config):
+        return
+    for disk in config.machine.disk:
+        refusal = Marker(disk.path, config.node.state_folder).refusal_to_start(settled)
+        if refusal is not None:
+            raise HostError(refusal)
+
+
 async def start_guest(config: Config, settled: int = -1) -> QemuProcess:
     """Start the guest, or attach to the one that runs: the configured one, or one left by an earlier daemon.
 
@@ -85,10 +98,7 @@ async def start_guest(config: Config, settled: int = -1) -> QemuProcess:
     if is_running(config):
         _log.info("the guest of an earlier daemon runs: attaching to it")
         return await QemuProcess.attach(RunFiles(config.node.run_folder).qmp_socket)
-    for disk in machine.disk:
-        refusal = Marker(disk.path, config.node.state_folder).refusal_to_start(settled)
-        if refusal is not None:
-            raise HostError(refusal)
+    refuse_to_boot(config, settled)
     guest = await QemuProcess.start(config)
     try:
         tap.switch(machine.nic, up=True)

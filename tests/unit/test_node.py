@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from ftd.arbiter import Record
+from ftd.authority import Start
 from ftd.config import Config, load
-from ftd.node import _find
+from ftd.errors import HostError
+from ftd.marker import Marker, Worth, mark
+from ftd.node import Found, Node, _find
 from ftd.succession import Handed, HandedBackup, HandedPrimary
 
 CONFIG = """
@@ -81,3 +85,66 @@ async def test_a_shadow_that_ended_meanwhile_is_made_anew(config: Config) -> Non
 
 async def test_a_daemon_that_finds_nothing_is_what_is_configured(config: Config) -> None:
     assert (await _find(config, None)).role == "primary"
+
+
+# ---- who may start the guest ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arbitrated(tmp_path: Path) -> Config:
+    """A node with a disk, and an arbiter in a folder."""
+    (tmp_path / "arbiter").mkdir()
+    (tmp_path / "disk.img").touch()
+    text = CONFIG.replace("accept_split_brain = true", 'kind = "file"\npair = "web"\nfolder = "arbiter"')
+    (tmp_path / "a.toml").write_text(
+        text.replace("[link]", 'state_dir = "state"\n[link]') + '[[machine.disk]]\npath = "disk.img"\n'
+    )
+    return load(tmp_path / "a.toml")
+
+
+def marked(config: Config, worth: Worth, generation: int) -> None:
+    disks = [Marker(disk.path, config.node.state_folder) for disk in config.machine.disk]
+    mark(disks, worth, generation, "a")
+
+
+@pytest.mark.parametrize(
+    ("worth", "forced", "why"),
+    [
+        (Worth.COPY, False, "it is a backup's copy, which is started by taking over"),
+        (Worth.COPY, True, "it is a backup's copy, which is started by taking over"),
+        (Worth.SYNCING, False, "it is the target of a copy that is not complete"),
+        (Worth.SYNCING, True, "it is the target of a copy that is not complete"),
+        (Worth.REPLICATED, False, "it had a backup, which may have taken over"),
+    ],
+)
+async def test_a_disk_that_is_not_to_be_started_from_costs_no_generation(
+    arbitrated: Config, worth: Worth, forced: bool, why: str
+) -> None:
+    """However often the supervisor starts the daemon again."""
+    record = Record(generation=6, owner="a", state="solo")
+    assert (await Node(arbitrated, Found("primary"))._inquiry.arbiter.compare_and_set(None, record)).won
+    marked(arbitrated, worth, 7)
+    for _ in range(3):
+        node = Node(arbitrated, Found("primary"))
+        if forced:
+            assert await node.control("takeover", {})
+        with pytest.raises(HostError, match=f"disk .*disk.img: {why} "):
+            await node._live(node._link_options())
+        assert await node._inquiry.arbiter.read() == record
+
+
+@pytest.mark.parametrize(("generation", "forced"), [(6, False), (7, True)])
+async def test_one_that_may_be_started_from_has_the_guest_won(
+    arbitrated: Config, generation: int, forced: bool
+) -> None:
+    """The record settles that nobody has taken over from this node in that generation, or a person does."""
+    marked(arbitrated, Worth.REPLICATED, generation)
+    node = Node(arbitrated, Found("primary"))
+    record = Record(generation=6, owner="a", state="solo")
+    assert (await node._inquiry.arbiter.compare_and_set(None, record)).won
+    if forced:
+        assert await node.control("takeover", {})
+    won = await node._win(Start.BOOT)
+    assert won is not None
+    assert won == (await node._inquiry.arbiter.read(), generation)
+    assert won[0].generation == 7
