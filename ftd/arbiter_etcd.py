@@ -11,6 +11,8 @@ harmless: the records are compared whole, and each has a random token, so only o
 others find the record that was wanted.
 """
 
+# ruff: noqa: PLC0415 - aiohttp takes as long to import as the rest of a daemon that the guest's output waits for
+
 from __future__ import annotations
 
 import asyncio
@@ -21,12 +23,13 @@ import json
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import aiohttp
+from typing import TYPE_CHECKING, Any
 
 from ftd.arbiter import Answer, Record, decode_record, encode_record
 from ftd.errors import ArbiterError, ArbiterUnreachable, HostError, friendly
+
+if TYPE_CHECKING:
+    import aiohttp
 
 # A member of a healthy cluster answers within a few ms, or within a heartbeat of etcd's (100 ms) during an
 # election; the next one is asked after this.
@@ -190,6 +193,8 @@ class EtcdArbiter:
     async def _post(
         self, endpoint: str, path: str, body: Mapping[str, Any], sent: set[str]
     ) -> Mapping[str, Any]:
+        import aiohttp
+
         headers = {"Authorization": self._token} if self._token and "/auth/" not in path else {}
         if self._session is None:
             self._session = aiohttp.ClientSession(
@@ -227,6 +232,8 @@ class EtcdArbiter:
         self._endpoints.insert(0, endpoint)
 
     def _words(self, error: BaseException) -> str:
+        import aiohttp
+
         if isinstance(error, _Refused):
             remedy = ""
             if error.code in (_UNAUTHENTICATED, _INVALID_ARGUMENT) and self._user:

@@ -9,7 +9,8 @@ SIGTERM. For `ftd run` both signals are a planned stop, and end with 0.
 No traceback reaches the operator unless --debug is given: an error is one line on standard error.
 """
 
-# ruff: noqa: PLC0415 - each command imports what it alone needs: `ftd status` is not to wait for numpy and QMP
+# ruff: noqa: PLC0415 - each command imports what it alone needs: `ftd status` is not to wait for numpy and QMP,
+# and a guest's output not for what only asks a daemon
 
 from __future__ import annotations
 
@@ -17,16 +18,12 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import http.client
-import ipaddress
 import json
 import os
 import platform
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -82,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if refusal is not None:
             raise FtdError(refusal)
         # It has to be whole. And what it is made of is at hand when the guest's output waits for it.
-        from ftd import node  # noqa: F401
+        from ftd import http, node  # noqa: F401
     if arguments.check:
         print(f"{arguments.config}: good ({config.node.role} {config.node.name})")
         return 0
@@ -320,6 +317,8 @@ def _url(arguments: argparse.Namespace) -> str:
         return str(arguments.url).rstrip("/")
     if arguments.config is None:
         return DEFAULT_URL
+    import ipaddress
+
     from ftd import config as configuration
 
     settings = configuration.load(arguments.config).http
@@ -337,6 +336,10 @@ def _ask(
     model: type[AnyModel], url: str, path: str, *, timeout: float, method: str = "GET", body: bytes = b""
 ) -> AnyModel:
     """Return the daemon's answer. Raises HostError when none comes, FtdError when it says no or nonsense."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(url + path, method=method, data=body if method == "POST" else None)
     # A proxy from the environment is never meant for a daemon on this or the next host.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

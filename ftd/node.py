@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ftd import http, log, succession
+from ftd import log, succession
 from ftd.arbiter import NoArbiter, Record
 from ftd.arbiters import identity, open_arbiter
 from ftd.authority import Decision, Standing, Start, at_start
@@ -51,6 +52,9 @@ from ftd.status import Done, PeerFlight, Status, VerifyReport
 from ftd.succession import Handed, Succession
 from ftd.tls import TlsFiles, load_identity
 
+if TYPE_CHECKING:
+    from ftd import http
+
 _log = log.get(__name__)
 
 # Threads that move bulk data give the event loop, and so acknowledgements and heartbeats, the interpreter
@@ -59,6 +63,9 @@ SWITCH_INTERVAL_SECONDS = 0.0005
 
 # Between two looks at an arbiter that does not answer.
 ASK_AGAIN_SECONDS = 0.5
+
+# A daemon that goes on with another's protection has reached its peer by then, or waits for it.
+SERVE_AFTER_SECONDS = 1.0
 
 # A backup that could take over has done so within this, or is not there: its
 # detection (0.3 s by default) began before this node's daemon did.
@@ -79,6 +86,7 @@ class Node:
         self._ended = found.ended
         role = found.role
         self._task: asyncio.Task[Any] | None = None
+        self._server: http.Server | None = None
         self._succession = False  # stopped as planned, but to be replaced
         self._role = role
         self._durable = Durable(config.node.state_folder)
@@ -171,9 +179,11 @@ class Node:
         _take_priority()
         options = self._link_options()
         self._show_warnings(options)
-        server = await http.serve(
-            http.create_app(self, self._report.metrics), self._config.http.listen, self._config.http.port
-        )
+        later = None
+        if self._handed is None:
+            self._server = await self._serve()
+        else:
+            later = asyncio.create_task(self._serve_later())
         watchdog = asyncio.create_task(self._notifier.watch(self.why_unhealthy))
         try:
             return await self._live(options)
@@ -189,12 +199,42 @@ class Node:
         finally:
             if self._report.machine.allows(PairState.STOPPED):
                 self._report.machine.move(PairState.STOPPED, "the daemon ends, or is replaced")
-            watchdog.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watchdog
+            for task in (watchdog, later):
+                if task is not None:
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
             await self._inquiry.arbiter.close()
             await asyncio.to_thread(self._report.flight.close)
-            await server.close()
+            if self._server is not None:
+                await self._server.close()
+
+    async def _serve(self) -> http.Server:
+        """Serve HTTP. Raises HostError if that is not possible here."""
+        # In a thread, since a session may be going on; it takes longer than all else of ftd.
+        module = await asyncio.to_thread(importlib.import_module, "ftd.http")
+        settings = self._config.http
+        server: http.Server = await module.serve(
+            module.create_app(self, self._report.metrics), settings.listen, settings.port
+        )
+        return server
+
+    async def _serve_later(self) -> None:
+        """Serve HTTP once the guest's output does not wait any more for this daemon, or for the peer's.
+
+        Whatever is in the way: protection goes on without it.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._report.went_on.wait(), SERVE_AFTER_SECONDS)
+        told = ""
+        while self._server is None:
+            try:
+                self._server = await self._serve()
+            except (HostError, ImportError, OSError) as error:
+                if friendly(error) != told:
+                    told = friendly(error)
+                    _log.error("HTTP is not served; trying again", reason=told)
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     def _note_replaced(self, handed: Handed | None) -> None:
         """Have the flight recorder know: without this it looks as if the peer was lost."""

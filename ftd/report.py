@@ -127,6 +127,7 @@ class Report:
         self._sync = SyncStatus()
         self._sync_began = 0.0
         self._resumption = ResumptionStatus()
+        self.went_on = asyncio.Event()  # protection did so after a daemon was replaced
         self.away = ""  # whose daemon is being replaced, while this one waits for it
         self._output = OutputStatus()
         self._warnings: dict[Warning_, str] = {}
@@ -335,6 +336,7 @@ class Report:
         self.metrics.resumptions.inc()
         if held is not None:
             self.metrics.resumption_seconds.set(held)
+        self.went_on.set()
         waited = {} if held is None else {"held": round(held, 4)}
         self.flight.note("resumed", epoch=epoch, generation=self.generation, **waited)
 

@@ -1,17 +1,22 @@
 """What a daemon finds at its start."""
 
+import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ftd import node as node_module
 from ftd.arbiter import Record
 from ftd.authority import Start
 from ftd.config import Config, load
 from ftd.errors import HostError
+from ftd.http import Server
 from ftd.marker import Marker, Worth, mark
 from ftd.node import Found, Node, _find
 from ftd.succession import Handed, HandedBackup, HandedPrimary
@@ -148,3 +153,95 @@ async def test_one_that_may_be_started_from_has_the_guest_won(
     assert won is not None
     assert won == (await node._inquiry.arbiter.read(), generation)
     assert won[0].generation == 7
+
+
+# ---- a daemon that goes on with another's protection ------------------------------------------------------
+
+
+@pytest.fixture
+def successor(tmp_path: Path) -> Iterator[Node]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "a.toml").write_text(
+        CONFIG.replace("[link]", 'state_dir = "state"\n[link]') + f"[http]\nport = {port}\n"
+    )
+    node = Node(load(tmp_path / "a.toml"), Found("primary", handed=handed(1)))
+    yield node
+    node._report.flight.close()
+
+
+async def answers(node: Node) -> bool:
+    port = node._config.http.port
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
+    line = await reader.readline()
+    writer.close()
+    return b"200" in line
+
+
+async def test_http_is_served_once_output_does_not_wait_for_that(
+    successor: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_module, "SERVE_AFTER_SECONDS", 3600)
+    begun = []
+    serve = successor._serve
+
+    async def noted() -> Server:
+        begun.append(True)
+        return await serve()
+
+    monkeypatch.setattr(successor, "_serve", noted)
+    serving = asyncio.create_task(successor._serve_later())
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not begun
+    assert not await answers(successor)
+    successor._report.resumed(5, 0.5)
+    await serving
+    assert await answers(successor)
+    assert successor._server is not None
+    await successor._server.close()
+
+
+async def test_http_is_served_although_protection_does_not_go_on_and_when_its_port_is_free_again(
+    successor: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(node_module, "SERVE_AFTER_SECONDS", 0)
+    monkeypatch.setattr(node_module, "ASK_AGAIN_SECONDS", 0.01)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", successor._config.http.port))
+        other.listen()
+        serving = asyncio.create_task(successor._serve_later())
+        async with asyncio.timeout(30):
+            while "HTTP is not served; trying again" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    await serving
+    assert await answers(successor)
+    assert caplog.text.count("HTTP is not served") == 1
+    assert successor._server is not None
+    await successor._server.close()
+
+
+def test_what_output_waits_for_is_not_more_than_it_needs(tmp_path: Path) -> None:
+    """A daemon that takes another's place imports this before it reaches its peer, an arbiter included."""
+    words = """
+import sys
+from pathlib import Path
+from ftd import cli, config, node, succession
+from ftd.arbiters import open_arbiter
+settings = {"kind": "etcd", "pair": "web", "endpoints": ["http://127.0.0.1:2379"]}
+open_arbiter(config.Arbiter.model_validate(settings, strict=False))
+print(*sorted({"aiohttp", "rich", "ftd.http", "numpy"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stdout == "numpy\n"
