@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
 DISK = Path(__file__).parents[2] / "bench" / "disk"
-WORKLOADS = ["sequential-write", "random-write", "fsync"]
+WORKLOADS = ["sequential-write", "random-write", "fsync", "paced-write"]
 
 
 def test_rows(qemu_binary: Path) -> None:

@@ -47,6 +47,7 @@ GUEST_MAC = "52:54:00:f7:d0:01"
 
 RUNS = Path("/run/ftd-testbed")
 SHARED_MEMORY = Path("/dev/shm")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 PREFIX = "ftdt-"
 NEEDED = ("ip", "tc")
 MARK = "FTD_TESTBED"  # in the environment of every process of a run: its prefix
@@ -592,10 +593,43 @@ def _marked(prefix: str) -> list[int]:
     return found
 
 
+def control_groups() -> list[Path]:
+    """The roots of all hierarchies of control groups: one, or one for each controller.
+
+    Without that of cpuset, in which a new group has no processors and takes no process.
+    """
+    if (CONTROL_GROUPS / "cgroup.controllers").exists():
+        return [CONTROL_GROUPS]
+    return [
+        path
+        for path in sorted(CONTROL_GROUPS.glob("*"))
+        if (path / "cgroup.procs").exists() and "cpuset" not in path.name and not path.is_symlink()
+    ]
+
+
+def _own_control_groups(prefix: str) -> list[Path]:
+    return [path for group in control_groups() for path in group.glob(f"{prefix}-*")]
+
+
+def _remove_control_group(group: Path, limit_s: float = 10.0) -> None:
+    """Remove a group and those below it. A process that was killed is in its group until it is waited for."""
+    deadline = time.monotonic() + limit_s
+    for path in [*sorted(group.rglob("*/"), reverse=True), group]:
+        while True:
+            try:
+                path.rmdir()
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise TestbedError(f"control group {path}: {error.strerror}") from None
+                time.sleep(0.01)
+
+
 def leftovers(prefix: str, directory: Path) -> list[str]:
-    """Namespaces, processes and files of a run that are still there."""
+    """Namespaces, processes, control groups and files of a run that are still there."""
     found = [f"namespace {name}" for name in _namespaces(prefix)]
     found += [f"process {pid}" for pid in _marked(prefix)]
+    found += [f"control group {path}" for path in _own_control_groups(prefix)]
     found += [f"file {path}" for path in SHARED_MEMORY.glob(f"{prefix}*")]
     if directory != Path() and directory.exists():
         found.append(f"folder {directory}")
@@ -608,6 +642,8 @@ def _remove(prefix: str, directory: Path) -> None:
     _kill_until_gone([(NAMESPACES / name).stat().st_ino for name in names])
     for name in names:
         _tool(["ip", "netns", "del", name])
+    for group in _own_control_groups(prefix):
+        _remove_control_group(group)
     for path in SHARED_MEMORY.glob(f"{prefix}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
