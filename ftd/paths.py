@@ -1,7 +1,7 @@
 """The paths on which the two nodes of a session hear each other: the link, and those of [[heartbeat.path]].
 
 The link carries frames, control messages and heartbeats of its own, and its connections are the session
-(ftd/link.py). A further path carries heartbeats only. Its connection is made by the primary beside the
+(ftd/link). A further path carries heartbeats only. Its connection is made by the primary beside the
 session, comes and goes without ending it, and is made again for as long as the session lasts.
 
 A path is up from the first thing heard on it until nothing was heard for interval × misses. The peer is

@@ -360,8 +360,7 @@ async def test_silence_is_found_by_the_detector(options):
     async with connected(options, hello(heartbeat=QUICK), admit=lambda h: admit(h, QUICK)) as pair:
         primary, backup = pair
         # The peer's connections stay open and say nothing more.
-        for timer in primary._timers:
-            timer.cancel()
+        primary._pulse.stop()
         reason = await lost(backup)
         assert reason.kind is LostKind.SILENCE
         assert "limit 100 ms" in reason.detail
@@ -509,8 +508,8 @@ async def test_heartbeats_do_not_wait_behind_a_frame_that_is_stuck(options):
     async with connected(options, hello(heartbeat=QUICK), admit=lambda h: admit(h, QUICK)) as pair:
         primary, backup = pair
         sending = asyncio.create_task(in_thread(primary.send_part, [memoryview(bytes(64 << 20))]))
-        heard = backup._beats_heard
-        await until(lambda: backup._beats_heard >= heard + 20)
+        heard = backup._pulse.heard
+        await until(lambda: backup._pulse.heard >= heard + 20)
         assert (primary.lost, backup.lost) == (None, None)
         assert not sending.done()
         primary.abort("done")

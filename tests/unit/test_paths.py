@@ -108,7 +108,7 @@ async def test_a_path_that_is_lost_is_connected_again():
         await until(lambda: up(near) and up(far))
         changes = []
         near.on_path = lambda name, up, _: changes.append((name, up))
-        far._paths._further["side"].channel.close()
+        far._pulse.paths._further["side"].channel.close()
         await until(lambda: changes == [("side", False), ("side", True)])
         assert near.lost is far.lost is None
 
@@ -117,7 +117,7 @@ async def test_the_death_of_the_peer_is_a_reset_at_once_whatever_the_paths():
     async with pair(PATIENT, primary=[path()], backup=[path()]) as (near, far):
         await until(lambda: up(near) and up(far))
         # As a kernel does it for a process that is no more.
-        far._paths.close()
+        far._pulse.paths.close()
         far._control.close()
         far._heartbeat.close()
         lost = await asyncio.wait_for(near.wait_lost(), SOON)
@@ -136,7 +136,7 @@ async def test_control_that_is_reset_while_the_peer_is_heard_elsewhere_was_cut()
 async def test_all_paths_silent_is_silence():
     async with pair(QUICK, primary=[path()], backup=[path()]) as (near, far):
         await until(lambda: up(near) and up(far))
-        far._beat = lambda now: None
+        far._pulse._beat = lambda now: None
         lost = await asyncio.wait_for(near.wait_lost(), SOON)
         assert lost.kind is LostKind.SILENCE
 
@@ -173,10 +173,10 @@ async def test_a_link_that_is_back_within_its_patience_is_as_before():
     async with pair(QUICK, primary=[path()], backup=[path()], patience=SOON) as (near, far):
         await until(lambda: up(near) and up(far))
         write, far._heartbeat.write = far._heartbeat.write, lambda *_: None
-        sent = far._beats_sent
+        sent = far._pulse.sent
         await until(lambda: not up(near, LINK_PATH))
         assert near.heartbeat_age < 1  # heard, though not there
-        far._heartbeat.write, far._beats_sent = write, sent
+        far._heartbeat.write, far._pulse.sent = write, sent
         await until(lambda: up(near, LINK_PATH))
         assert near.lost is far.lost is None
 
