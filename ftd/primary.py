@@ -25,7 +25,6 @@ from ftd.authority import Authority, Release, Standing, may_begin_session
 from ftd.authority import Event as Happening
 from ftd.carried import Carried
 from ftd.config import Config
-from ftd.epochs import Protection, ProtectionLost, Suspended, Yielded
 from ftd.errors import (
     Deposed,
     FtdError,
@@ -44,6 +43,7 @@ from ftd.marker import Marker, Markers, Worth
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost, Resume
 from ftd.monitor import Event
 from ftd.partner import Partner
+from ftd.protection import Protection, ProtectionLost, Suspended, Yielded
 from ftd.qemu import QemuProcess, RunFiles, is_running, require_patched
 from ftd.report import Report
 from ftd.state import Move, PairState
@@ -303,19 +303,19 @@ class Primary:
         self._nudge.set()
         return "output is being released; see ftd status"
 
-    # ---- authority: the fence of ftd/epochs.py ------------------------------------------------------------
+    # ---- authority: the fence of ftd/protection -----------------------------------------------------------
 
     async def before_first_commit(self) -> None:
-        """See epochs.Fence."""
+        """See protection.Fence."""
         await self._markers.write(Worth.REPLICATED, self._generation)
 
     def on_first_commit(self) -> None:
-        """See epochs.Fence."""
+        """See protection.Fence."""
         self._held = False
         self._authority.on(Happening.COMMITTED)
 
     async def pair(self) -> None:
-        """See epochs.Fence."""
+        """See protection.Fence."""
         assert self._session is not None
         backup = self._session.peer_node
         while True:
@@ -331,7 +331,7 @@ class Primary:
             await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     def release_at_the_end(self, committed: bool) -> bool:
-        """See epochs.Fence."""
+        """See protection.Fence."""
         if not self._authority.knows(Happening.LOST):
             return False  # deposed, or the guest has ended
         self._authority.on(Happening.LOST)

@@ -20,7 +20,7 @@ class Model:
     """A guest that writes `rate` pages a second among `pages`, and a link of `bandwidth` bytes a second.
 
     The frames of several epochs are under way at once, and the link takes them one after the other; with more
-    than `most_bytes` under way the next checkpoint waits, as it does in ftd.epochs.
+    than `most_bytes` under way the next checkpoint waits, as it does in ftd.protection.
     """
 
     rate: float = 20_000
