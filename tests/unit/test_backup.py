@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,14 +10,20 @@ from uuid import uuid4
 import pytest
 from unit.frame_builder import BLOCKS, GENERATION, RAM, Spec
 
-import ftd.backup
+import ftd.backup.claim
 from ftd.absence import Away
 from ftd.arbiter import Record
 from ftd.arbiter_file import FileArbiter
 from ftd.arbiters import open_arbiter
 from ftd.assembly import Frame
 from ftd.authority import Event, Standing
-from ftd.backup import Backup, _Loss
+from ftd.backup import Backup
+from ftd.backup.admission import may_resume
+from ftd.backup.claim import take_over
+from ftd.backup.disks import Disks
+from ftd.backup.interim import give_up_waiting, next_session
+from ftd.backup.judgement import Loss
+from ftd.backup.standby import ShadowVm
 from ftd.config import load
 from ftd.disk import Copies
 from ftd.errors import HostError, QemuDied, QemuError, TakeoverRefused
@@ -84,8 +90,8 @@ def make(tmp_path: Path) -> Iterator[Callable[[str], Backup]]:
         options = LinkOptions(identity=None, heartbeat=HeartbeatSettings(interval_ms=50, misses=6))
         inquiry = Inquiry(open_arbiter(config.arbiter), report, "b")
         made = Backup(config, report, options, inquiry, Partner(config))
-        made._authority.on(Event.COMMITTED)
-        made._claimable = True
+        made._standby.authority.on(Event.COMMITTED)
+        made._standby.claimable = True
         for state in (PairState.SYNCING, PairState.PROTECTED):
             report.machine.move(state, "for this test")
         return made
@@ -123,13 +129,12 @@ async def test_a_won_guest_that_cannot_be_started_ends_the_backup(
     async def fails(*_: Any, **__: Any) -> float:
         raise error
 
-    monkeypatch.setattr(ftd.backup, "start_shadow", fails)
-    take_over: Callable[..., Awaitable[Any]] = backup._take_over
+    monkeypatch.setattr(ftd.backup.claim, "start_shadow", fails)
     now = time.monotonic()
-    loss = _Loss("silence", "nothing heard", now, now)
+    loss = Loss("silence", "nothing heard", now, now)
     with pytest.raises(QemuDied, match=rf"has won the guest, and could not start it from epoch 1: {error}"):
-        await take_over(loss, NoQemu(), shadow, Copies([]), GENERATION, pending())
-    assert backup._authority.standing is Standing.ALONE
+        await take_over(backup._standby, waiting_vm(shadow), loss, GENERATION)
+    assert backup._standby.authority.standing is Standing.ALONE
     record = await arbiter.read()
     assert record is not None
     assert (record.owner, record.generation) == ("b", GENERATION + 1)
@@ -143,6 +148,15 @@ def pending() -> asyncio.Future[int | None]:
     return asyncio.get_running_loop().create_future()
 
 
+def waiting_vm(shadow: Shadow) -> ShadowVm:
+    nothing: Any = NoQemu()
+    return ShadowVm(nothing, shadow, Disks(Copies([]), [], "b"), memory_limit=0, gone=pending())
+
+
+def nobody() -> bool:
+    return False
+
+
 class Door:
     """Stands for the listener: whether somebody is on the threshold."""
 
@@ -151,7 +165,6 @@ class Door:
         self.last = 0
         self.arrives: Callable[[], None] = lambda: None
 
-    @property
     def forming(self) -> bool:
         self.looks += 1
         if self.looks == self.last:
@@ -159,12 +172,9 @@ class Door:
         return self.looks < self.last
 
 
-def waits(backup: Backup, seconds: float, *, own: bool = False) -> Door:
+def waits(backup: Backup, seconds: float, *, own: bool = False) -> None:
     now = time.monotonic()
-    backup._away = Away("a", GENERATION, 41, own, now, now + seconds)
-    door = Door()
-    backup._listener = door  # type: ignore[assignment]
-    return door
+    backup._standby.away = Away("a", GENERATION, 41, own, now, now + seconds)
 
 
 def hello(**changes: Any) -> Hello:
@@ -184,40 +194,41 @@ async def test_only_the_primary_that_left_and_only_from_its_last_epoch_may_go_on
     make: Callable[[], Backup],
 ) -> None:
     backup = make()
-    assert not backup._may_resume(hello())  # nobody is away
+    assert not may_resume(backup._standby, hello())  # nobody is away
     waits(backup, 60)
-    assert backup._may_resume(hello())
+    assert may_resume(backup._standby, hello())
     for wrong in (
         {"node": "c"},
         {"generation": GENERATION + 1},
         {"resume": Resume(epoch=40)},
         {"resume": Resume(epoch=42)},
     ):
-        assert not backup._may_resume(hello(**wrong)), wrong
-    backup._authority.on(Event.LOST)  # it has begun to claim
-    assert not backup._may_resume(hello())
+        assert not may_resume(backup._standby, hello(**wrong)), wrong
+    backup._standby.authority.on(Event.LOST)  # it has begun to claim
+    assert not may_resume(backup._standby, hello())
 
 
 async def test_a_session_that_was_admitted_in_time_is_waited_for(make: Callable[[], Backup]) -> None:
     """The primary may take it for one already: the backup must not claim at the same time."""
     backup = make()
-    door = waits(backup, 0)
+    waits(backup, 0)
+    door = Door()
     session: Any = object()
-    door.last, door.arrives = 4, lambda: backup._arrived.put_nowait(session)
-    assert await backup._next_session(pending()) is session
+    door.last, door.arrives = 4, lambda: backup._standby.arrived.put_nowait(session)
+    assert await next_session(backup._standby, pending(), door.forming) is session
 
 
 async def test_the_wait_ends_with_its_time_an_operator_or_qemu(make: Callable[[], Backup]) -> None:
     backup = make()
     waits(backup, 0.01)
-    assert await backup._next_session(pending()) is None
+    assert await next_session(backup._standby, pending(), nobody) is None
     waits(backup, 60)
     backup.force()
-    assert await backup._next_session(pending()) is None
-    backup._forced = asyncio.get_running_loop().create_future()
+    assert await next_session(backup._standby, pending(), nobody) is None
+    backup._standby.forced = asyncio.get_running_loop().create_future()
     gone = pending()
     gone.set_result(1)
-    assert await backup._next_session(gone) is None
+    assert await next_session(backup._standby, gone, nobody) is None
 
 
 @pytest.mark.parametrize(
@@ -243,10 +254,10 @@ async def test_when_the_time_is_over(
         started.append("it")
         raise QemuError("for this test, that is enough")
 
-    monkeypatch.setattr(ftd.backup, "start_shadow", start)
-    give_up: Callable[..., Awaitable[Any]] = backup._give_up_waiting
-    assert backup._away is not None
-    work = asyncio.ensure_future(give_up(backup._away, NoQemu(), shadow, Copies([]), pending()))
+    monkeypatch.setattr(ftd.backup.claim, "start_shadow", start)
+    away = backup._standby.away
+    assert away is not None
+    work = asyncio.ensure_future(give_up_waiting(backup._standby, waiting_vm(shadow), away))
     if starts:
         with pytest.raises(QemuDied, match="could not start it from epoch 1"):
             await work
@@ -255,7 +266,7 @@ async def test_when_the_time_is_over(
         while backup._report.machine.state is not PairState.HELD:  # noqa: ASYNC110 - in the same loop
             await asyncio.sleep(0)
         assert "it may run the guest alone" in backup._report.machine.reason
-        backup._arrived.put_nowait(object())  # type: ignore[arg-type]
+        backup._standby.arrived.put_nowait(object())  # type: ignore[arg-type]
         assert await work is None
         assert started == []
     shadow.close()

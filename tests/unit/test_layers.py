@@ -35,7 +35,7 @@ def test_no_module_imports_one_that_imports_it() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("package", ["ftd.link", "ftd.protection"])
+@pytest.mark.parametrize("package", ["ftd.backup", "ftd.link", "ftd.protection"])
 def test_a_package_is_entered_by_its_face(package: str) -> None:
     for name, path in FILES.items():
         if name != package and not name.startswith(f"{package}."):

@@ -1,0 +1,29 @@
+"""What guarding a guest comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftd.qemu import QemuProcess
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """The guest runs here now; generation: of the authority that this side won."""
+
+    guest: QemuProcess
+    generation: int
+
+
+@dataclass(frozen=True)
+class GuestEnded:
+    """The guest has shut down on the primary."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShadowGone:
+    """The shadow's QEMU has ended: protection needs a new one, the guest needs nothing."""
+
+    reason: str
