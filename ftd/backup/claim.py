@@ -117,7 +117,7 @@ async def _hold(standby: Standby, vm: ShadowVm, why: str, seconds: float) -> Sha
     if standby.authority.standing is Standing.DOUBTING:
         # The question may still be granted, and the daemon's next start finds out.
         raise QemuError("the shadow's QEMU has ended while the arbiter was being asked")
-    return standby.gone("it ended while the arbiter was being asked")
+    return standby.shadow_gone("it ended while the arbiter was being asked")
 
 
 # ---- what the answer means --------------------------------------------------------------------------------

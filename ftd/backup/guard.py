@@ -259,7 +259,7 @@ class Guard:
         with contextlib.suppress(FtdError):
             await self._session.send(QemuLost(detail=f"it ended with status {status}"))
         await self._session.close("the shadow's QEMU has ended")
-        return self._standby.gone(f"it ended with status {status} while it held a shadow")
+        return self._standby.shadow_gone(f"it ended with status {status} while it held a shadow")
 
     async def _on_failure(self, reason: str) -> None:
         """What the primary sent is of no use here: it has to copy anew, or to wait."""

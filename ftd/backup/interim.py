@@ -114,7 +114,7 @@ async def _hold_unasked(standby: Standby, vm: ShadowVm, reason: str) -> ShadowGo
     while standby.arrived.empty():
         await asyncio.wait(waits, timeout=ASK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if vm.gone.done():
-            return standby.gone("it ended while this node was held")
+            return standby.shadow_gone("it ended while this node was held")
         if standby.forced.done():
             standby.busy = True
             break

@@ -87,7 +87,7 @@ class Standby:
         if self.authority.knows(Event.SPOILED):
             self.authority.on(Event.SPOILED)
 
-    def gone(self, when: str) -> ShadowGone:
+    def shadow_gone(self, when: str) -> ShadowGone:
         """The shadow's QEMU has ended, and with it the shadow."""
         self.spoiled()
         self.report.machine.move(PairState.WAITING, "the shadow's QEMU has ended")
