@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from unit import sample
 from unit.frame_builder import BLOCKS, GENERATION, RAM, Spec
 
 import ftd.backup.claim
@@ -35,24 +36,6 @@ from ftd.partner import Partner
 from ftd.report import Report
 from ftd.shadow import Shadow
 from ftd.state import PairState
-
-CONFIG = """
-[node]
-name = "b"
-role = "backup"
-state_dir = "state"
-[link]
-listen = "10.0.0.2"
-peer = "10.0.0.1"
-insecure = true
-[arbiter]
-kind = "file"
-pair = "web"
-folder = "records"
-"""
-NOBODY = """[arbiter]
-accept_split_brain = true
-"""
 
 
 class NoQemu:
@@ -82,9 +65,8 @@ def make(tmp_path: Path) -> Iterator[Callable[[str], Backup]]:
     reports: list[Report] = []
 
     def backup(arbiter: str = "file") -> Backup:
-        text = CONFIG if arbiter == "file" else CONFIG[: CONFIG.index("[arbiter]")] + NOBODY
-        (tmp_path / "b.toml").write_text(text)
-        config = load(tmp_path / "b.toml")
+        kind = sample.FILE_ARBITER if arbiter == "file" else sample.NO_ARBITER
+        config = load(sample.write(tmp_path, "b", "backup", own='state_dir = "state"', arbiter=kind))
         report = Report(config, Metrics(), "backup")
         reports.append(report)
         options = LinkOptions(identity=None, heartbeat=HeartbeatSettings(interval_ms=50, misses=6))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit import sample
 from unit.fake_node import PROTECTED, FakeNode, serving
 
 from ftd import __version__, cli
@@ -298,12 +299,8 @@ def test_status_shows_the_paths_when_there_are_several(node: FakeNode, url: str)
 
 
 def test_why_has_the_peers_record_fetched(node: FakeNode, url: str, tmp_path: Path) -> None:
-    config = tmp_path / "ftd.toml"
-    config.write_text(
-        '[node]\nname = "b"\nrole = "backup"\nstate_dir = "."\n[link]\nlisten = "10.0.0.2"\n'
-        'peer = "10.0.0.1"\ninsecure = true\n[arbiter]\naccept_split_brain = true\n'
-        f"[http]\nport = {url.rpartition(':')[2]}\n"
-    )
+    port = url.rpartition(":")[2]
+    config = sample.write(tmp_path, "b", "backup", own='state_dir = "."', more=f"[http]\nport = {port}\n")
     line = '{"at": 1.5, "node": "%s", "what": "session-lost", "reason": "lost by %s"}\n'
     (tmp_path / "flight.jsonl").write_text(line % ("b", "b"))
     node.flight = PeerFlight(node="a", lines=line % ("a", "a") + "no line\n")

@@ -5,23 +5,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from unit import sample
 
 from ftd.config import Config, Disk, Nic, check_files, load
 from ftd.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "configs"
 
-MINIMAL = """
-[node]
-name = "a"
-role = "primary"
-[link]
-listen = "10.0.0.1"
-peer = "10.0.0.2"
-insecure = true
-[arbiter]
-accept_split_brain = true
-"""
+MINIMAL = sample.text()
 
 
 @pytest.fixture

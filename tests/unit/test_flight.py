@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from unit import sample
 
 from ftd import flight
 from ftd.errors import HostError, PeerError
@@ -90,11 +91,7 @@ def test_what_the_other_node_sends_is_not_believed(packed: str, told: str) -> No
 
 
 def test_why_reads_both_nodes(tmp_path: Path) -> None:
-    config = tmp_path / "ftd.toml"
-    config.write_text(
-        '[node]\nname = "b"\nrole = "backup"\nstate_dir = "state"\n[link]\nlisten = "10.0.0.2"\n'
-        'peer = "10.0.0.1"\ninsecure = true\n[arbiter]\naccept_split_brain = true\n'
-    )
+    config = sample.write(tmp_path, "b", "backup", own='state_dir = "state"')
     for node, folder in (("b", "state"), ("a", "other")):
         recorder = FlightRecorder(tmp_path / folder, node)
         recorder.note("session-lost", reason=f"{node} lost the other")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit import sample
 
 from ftd.arbiter import Answer, NoArbiter, Record
 from ftd.arbiter_file import FileArbiter
@@ -15,20 +16,6 @@ from ftd.errors import ArbiterUnreachable
 from ftd.inquiry import Inquiry
 from ftd.metrics import Metrics
 from ftd.report import Report
-
-CONFIG = """
-[node]
-name = "a"
-role = "primary"
-[link]
-listen = "10.0.0.1"
-peer = "10.0.0.2"
-insecure = true
-[arbiter]
-kind = "file"
-pair = "web"
-folder = "records"
-"""
 
 
 class Unsure(FileArbiter):
@@ -53,8 +40,8 @@ def arbiter(tmp_path: Path) -> Unsure:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Inquiry]:
-    (tmp_path / "ftd.toml").write_text(CONFIG)
-    report = Report(load(tmp_path / "ftd.toml"), Metrics(), "primary")
+    config = load(sample.write(tmp_path, arbiter=sample.FILE_ARBITER))
+    report = Report(config, Metrics(), "primary")
 
     def inquiry(arbiter: Any, me: str = "a") -> Inquiry:
         made = Inquiry(arbiter, report, me)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from unit import sample
 
 from ftd import node as node_module
 from ftd.arbiter import Record
@@ -21,24 +22,10 @@ from ftd.marker import Marker, Worth, mark
 from ftd.node import Found, Node, _find
 from ftd.succession import Handed, HandedBackup, HandedPrimary
 
-CONFIG = """
-[node]
-name = "a"
-role = "primary"
-run_dir = "run"
-[link]
-listen = "10.0.0.1"
-peer = "10.0.0.2"
-insecure = true
-[arbiter]
-accept_split_brain = true
-"""
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    (tmp_path / "a.toml").write_text(CONFIG)
-    return load(tmp_path / "a.toml")
+    return load(sample.write(tmp_path, own='run_dir = "run"'))
 
 
 def ended(words: str) -> int:
@@ -98,13 +85,10 @@ async def test_a_daemon_that_finds_nothing_is_what_is_configured(config: Config)
 @pytest.fixture
 def arbitrated(tmp_path: Path) -> Config:
     """A node with a disk, and an arbiter in a folder."""
-    (tmp_path / "arbiter").mkdir()
+    (tmp_path / "records").mkdir()
     (tmp_path / "disk.img").touch()
-    text = CONFIG.replace("accept_split_brain = true", 'kind = "file"\npair = "web"\nfolder = "arbiter"')
-    (tmp_path / "a.toml").write_text(
-        text.replace("[link]", 'state_dir = "state"\n[link]') + '[[machine.disk]]\npath = "disk.img"\n'
-    )
-    return load(tmp_path / "a.toml")
+    own, disk = 'run_dir = "run"\nstate_dir = "state"', '[[machine.disk]]\npath = "disk.img"\n'
+    return load(sample.write(tmp_path, own=own, arbiter=sample.FILE_ARBITER, more=disk))
 
 
 def marked(config: Config, worth: Worth, generation: int) -> None:
@@ -163,10 +147,9 @@ def successor(tmp_path: Path) -> Iterator[Node]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (tmp_path / "a.toml").write_text(
-        CONFIG.replace("[link]", 'state_dir = "state"\n[link]') + f"[http]\nport = {port}\n"
-    )
-    node = Node(load(tmp_path / "a.toml"), Found("primary", handed=handed(1)))
+    own = 'run_dir = "run"\nstate_dir = "state"'
+    config = load(sample.write(tmp_path, own=own, more=f"[http]\nport = {port}\n"))
+    node = Node(config, Found("primary", handed=handed(1)))
     yield node
     node._report.flight.close()
 

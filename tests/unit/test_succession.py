@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit import sample
 
 from ftd import succession
 from ftd.errors import FtdError, HostError
@@ -159,19 +160,8 @@ def check(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_successor_is_asked_whether_it_would_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = tmp_path / "a.toml"
-    text = """
-[node]
-name = "a"
-role = "primary"
-[link]
-listen = "10.0.0.1"
-peer = "10.0.0.2"
-insecure = true
-[arbiter]
-accept_split_brain = true
-"""
-    config.write_text(text)
+    config = sample.write(tmp_path)
+    text = config.read_text()
     check(monkeypatch, "run", str(config))
     config.write_text(text.replace('"primary"', '"queen"'))
     with pytest.raises(FtdError, match=r"the next daemon would not start: .*role.*; this one goes on"):
