@@ -18,6 +18,8 @@ from unit import sample
 from unit.fake_node import PROTECTED, FakeNode, serving
 
 from ftd import __version__, cli
+from ftd.cli import versions
+from ftd.cli.words import bytes_text, seconds_text
 from ftd.errors import FtdError
 from ftd.state import PairState
 from ftd.status import (
@@ -545,7 +547,7 @@ def test_errors_become_text_and_number(
     def fail(arguments: object) -> int:
         raise raised
 
-    monkeypatch.setattr(cli, "_version", fail)
+    monkeypatch.setattr(versions, "_version", fail)
     assert cli.main(["version"]) == code
     assert capsys.readouterr().err.startswith(complaint)
 
@@ -555,7 +557,7 @@ def test_errors_become_text_and_number(
     [(0, "0 µs"), (0.00042, "420 µs"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (600, "10 min"), (9000, "2.5 h")],
 )
 def test_seconds_text(seconds: float, text: str) -> None:
-    assert cli.seconds_text(seconds) == text
+    assert seconds_text(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -563,4 +565,4 @@ def test_seconds_text(seconds: float, text: str) -> None:
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5 << 40, "5120 GiB")],
 )
 def test_bytes_text(size: int, text: str) -> None:
-    assert cli.bytes_text(size) == text
+    assert bytes_text(size) == text

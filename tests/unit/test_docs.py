@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ftd import cli, config, errors
+from ftd import config, errors
+from ftd.cli.entry import parser as parser_of_all
 from ftd.metrics import Metrics
 from ftd.state import PairState
 
@@ -171,7 +172,7 @@ def test_metrics_that_are_named_exist(page):
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    parser = cli._parser()
+    parser = parser_of_all()
     action = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
     return dict(action.choices)
 
