@@ -1,23 +1,20 @@
 """bench/latency runs, keeps its promises, and leaves nothing behind. No figure is held against a clock."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from testbed.benches import StartBench as Start
+from testbed.benches import started_benches
 from testbed.namespaces import NAMESPACES
 
 pytestmark = pytest.mark.root
-
-LATENCY = Path(__file__).parents[2] / "bench" / "latency"
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
@@ -33,23 +30,8 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def latency(qemu_binary: Path, folder: Path) -> Iterator[Start]:
     """Starts bench/latency. It has to end before the test does, with nothing left behind."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> "subprocess.Popen[str]":
-        process = subprocess.Popen(
-            [sys.executable, LATENCY, "--qemu", qemu_binary, *arguments],
-            env=os.environ | {"TMPDIR": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.terminate()
-        process.communicate(timeout=30)
+    with started_benches(qemu_binary, folder) as start:
+        yield partial(start, "latency")
 
 
 def _networks(folder: Path) -> list[str]:

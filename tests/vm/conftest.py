@@ -6,12 +6,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from testbed.benches import started_benches
 
 from ftd.config import Config
 
@@ -127,28 +127,5 @@ def run_qemu(qemu_binary, folder):
 @pytest.fixture
 def bench(qemu_binary, folder):
     """Starts a program of bench/ with all of its files in `folder`, which is looked through afterwards."""
-    started: list[subprocess.Popen] = []
-
-    def start(name: str, *arguments: str | Path) -> subprocess.Popen:
-        words = [
-            sys.executable,
-            REPOSITORY / "bench" / name,
-            "--qemu",
-            qemu_binary,
-            "--memory-path",
-            folder / "memory",
-        ]
-        process = subprocess.Popen(
-            [*words, *arguments],
-            env=os.environ | {"TMPDIR": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    with started_benches(qemu_binary, folder) as start:
+        yield lambda name, *arguments: start(name, "--memory-path", folder / "memory", *arguments)
