@@ -24,6 +24,12 @@ and asks again. Meanwhile it takes the primary back, unless a question of its ow
 A primary that lives behind a link that is cut asks for solo, and is to get it: its guest runs. So the backup
 waits before it asks. It does ask, since a primary that does not reach the arbiter serves nobody. Without an
 arbiter it asks nobody and takes nothing: the primary goes on alone.
+
+    Backup ─┬─ admit              which primaries may come
+            ├─ Guard ── judge     one session, and what follows from its end
+            ├─ interim            waiting for the next one
+            └─ take_over          the arbiter is asked, the shadow is started (`claim`)
+    all share Standby, what the backup is from session to session, and ShadowVm, what waits in it
 """
 
 from ftd.backup.backup import Backup

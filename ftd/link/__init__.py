@@ -29,6 +29,10 @@ With further paths for heartbeats, silence is silence on all of them. A link tha
 Control that ends by a reset counts as cut when a further path goes on for longer than the grace: the kernel
 of a daemon that died resets all of its connections at once. Who gives a session up as cut says so on the
 further paths, so that the other side, to which the link may look whole, comes to the same end.
+
+    connect, Listener     the two sides (`connecting`, `listening`); `handshake` is what they say first
+    Session ─┬─ Pulse     heartbeats: sent, heard, judged
+             └─ LossRules the rules above, as decisions only (`loss`)
 """
 
 from ftd.link.connecting import connect
