@@ -5,7 +5,8 @@
     the backup's     it says Restarting; the primary answers when nothing is under way any more, and the
                      shadow is handed on
 
-The primary's part is in ftd/epochs.py. What a backup does when the time is over is in ftd/backup.py.
+The primary's part is in ftd/protection/suspension.py. What a backup does when the time is over is in
+ftd/backup/interim.py.
 """
 
 from __future__ import annotations

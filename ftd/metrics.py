@@ -183,6 +183,10 @@ class Metrics:
             "Pages of 4096 bytes that a frame holds, zero pages included.",
             PAGE_BUCKETS,
         )
+        self.hot_pages = self._gauge(
+            "ftd_hot_pages",
+            "Pages that are left unprotected, and sent with each epoch: see [epoch] hot_epochs.",
+        )
         self.epoch_frame_bytes = self._histogram(
             "ftd_epoch_frame_bytes", "Bytes of a frame on the wire, all of its parts together.", FRAME_BUCKETS
         )

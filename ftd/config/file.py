@@ -66,6 +66,11 @@ class Config(Section):
                 "epoch.tracker",
                 "needs KVM's dirty rings, and [machine] dirty_ring_size is 0; give 65536 there, or remove it",
             )
+        if self.epoch.hot_epochs and (tracker not in ("auto", "ring") or not machine.dirty_ring_size):
+            raise SettingError(
+                "epoch.hot_epochs",
+                'is for the tracker ring; give 0, or [epoch] tracker = "ring" and [machine] dirty_ring_size',
+            )
         for key in ("port", "heartbeat_port"):
             if getattr(self.link, key) == self.http.port:
                 raise SettingError(

@@ -83,6 +83,16 @@ class Epoch(Section):
         "which `ftd status` names: ring, KVM's bitmap with [machine] dirty_ring_size = 0, QEMU's own bitmaps "
         "(`generic`) under tcg. Default: auto.",
     )
+    hot_epochs: int = Field(
+        default=0,
+        ge=0,
+        le=255,
+        description="With the tracker `ring`: leave pages unprotected that were dirty in so many epochs in a "
+        "row, and send them with each epoch from then on, changed or not; after 32 epochs it is looked once "
+        "whether they still change. Spares a guest that writes to the same pages again and again a fault for "
+        "each of them in each epoch, and costs copies of those that it has left. Not measured on hardware "
+        "yet. 0: every page is protected again. Default: 0.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

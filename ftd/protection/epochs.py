@@ -250,7 +250,9 @@ class Epochs:
         pause["total-ns"] = part["pause"]["total-ns"]
         pages += len(early.pages) if early else 0
         loop = asyncio.get_running_loop()
-        loop.call_later(ACCOUNT_AFTER, self._keep_account, pause, part["output"], pages, self._last_size)
+        # Nor may such a QEMU know of hot pages.
+        hot = part.get("hot-pages", 0)
+        loop.call_later(ACCOUNT_AFTER, self._keep_account, pause, part["output"], pages, hot, self._last_size)
         if early is not None:
             loop.call_later(ACCOUNT_AFTER, self._learn_from_round, early, listed)
         if self._images:
@@ -263,11 +265,12 @@ class Epochs:
         return resumed, pause["total-ns"] / 1e9
 
     def _keep_account(
-        self, pause: Mapping[str, int], output: Mapping[str, Any], pages: int, size: int
+        self, pause: Mapping[str, int], output: Mapping[str, Any], pages: int, hot: int, size: int
     ) -> None:
         self._report.pause(pause)
         self._report.pace(self._pace)
         self._report.metrics.observe_frame(pages, size)
+        self._report.metrics.hot_pages.set(hot)
         if not self._over:
             self._on_output(output)
 

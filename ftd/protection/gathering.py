@@ -77,11 +77,16 @@ class Gathering:
             self._monitor.on("X_FT_ABANDONED", self._on_abandoned),
         ]
 
-    async def begin(self, config: Config, generation: int, disks: Sequence[str], memory: int) -> str:
+    async def begin(
+        self, config: Config, generation: int, disks: Sequence[str], memory: int, best: str
+    ) -> str:
         """Share slots with QEMU, and have it note what changes. Returns the tracker that it uses.
 
-        disks: node names of those whose writes are to be noted. memory: bytes of the guest's.
+        disks: node names of those whose writes are to be noted. memory: bytes of the guest's. best: the
+        tracker that QEMU would choose.
         """
+        tracker, hot = config.epoch.tracker, config.epoch.hot_epochs
+        ring = (best if tracker == "auto" else tracker) == "ring"
         journal = config.disks.journal_mib << 20
         size = slot_size(config.staging.slot_mib << 20, memory, journal if disks else 0)
         self._staging = await asyncio.to_thread(Staging, config.staging.slots, size)
@@ -101,7 +106,8 @@ class Gathering:
             release_fd="ftd-release",
             **({"disks": list(disks)} if config.disks.replicate else {}),
             journal_limit=journal,
-            **({} if config.epoch.tracker == "auto" else {"tracker": config.epoch.tracker}),
+            **({} if tracker == "auto" else {"tracker": tracker}),
+            **({"switches": {"hot-epochs": hot}} if hot and ring else {}),
         )
         self.slot_pages = status["pages-per-slot"]
         return str(status["tracker"])

@@ -212,7 +212,7 @@ class Protection:
         except HostError as error:
             raise no_disks(error) from None
         tracker = await self._gathering.begin(
-            config, self._generation, [disk.node_name for disk in disks], memory
+            config, self._generation, [disk.node_name for disk in disks], memory, info["tracker"]
         )
         self._report.qemu = self._report.qemu.model_copy(update={"tracker": tracker})
         self._epochs.begin()

@@ -59,20 +59,20 @@ async def assert_never_different(pair: Pair) -> None:
 
 @pytest.mark.kvm
 @pytest.mark.parametrize(
-    ("vcpus", "ring", "speculative"),
-    [(1, 65536, "off"), (2, 65536, "always"), (2, 0, "always")],
-    ids=["ring-1-vcpu", "ring-2-vcpus-early-pages", "bitmap-2-vcpus-early-pages"],
+    ("vcpus", "ring", "speculative", "hot"),
+    [(1, 65536, "off", 0), (2, 65536, "always", 3), (2, 0, "always", 0)],
+    ids=["ring-1-vcpu", "ring-2-vcpus-early-and-hot-pages", "bitmap-2-vcpus-early-pages"],
 )
 async def test_bare_guest_is_equal_for_500_epochs_and_taken_over(
-    start_pair: Callable[..., Any], vcpus: int, ring: int, speculative: str
+    start_pair: Callable[..., Any], vcpus: int, ring: int, speculative: str, hot: int
 ) -> None:
-    """With KVM's dirty rings, and with its bitmap; with pages sent early, too; and across a reset.
+    """With KVM's dirty rings, and with its bitmap; with pages sent early, and hot ones, too; across a reset.
 
     The guest has to run on all the while: one that stands still is equal to its shadow, too.
     The rings are large, so that none fills up: see test_guest_that_fills_its_ring_runs_on.
     """
     settings = {
-        "epoch": {**SETTINGS["epoch"], "speculative": speculative},
+        "epoch": {**SETTINGS["epoch"], "speculative": speculative, "hot_epochs": hot},
         "machine": {"dirty_ring_size": ring},
     }
     pair = await start_pair(await bare_guest("kvm", vcpus=vcpus), settings)
@@ -80,6 +80,7 @@ async def test_bare_guest_is_equal_for_500_epochs_and_taken_over(
     await assert_bare_guest_goes_on(pair.primary)
     if speculative != "off":
         assert await metric(pair.primary, "ftd_speculative_pages_total") > EPOCHS
+    assert (await metric(pair.primary, "ftd_hot_pages") > 0) == (hot > 0)
     async with await Monitor.connect(pair.primary.run_dir / "operator.sock") as operator:
         await operator.execute("system_reset")
     await pair.primary.console.wait_for(r"^ftd-bare: ready", 30)

@@ -255,6 +255,15 @@ def test_syntax_error_at_the_end_of_the_file(write):
             "give 65536 there, or remove it",
         ),
         (
+            MINIMAL + '[epoch]\ntracker = "ring-stock"\nhot_epochs = 3\n',
+            '[epoch] hot_epochs = 3: is for the tracker ring; give 0, or [epoch] tracker = "ring" and '
+            "[machine] dirty_ring_size",
+        ),
+        (
+            MINIMAL + "[epoch]\nhot_epochs = 256\n",
+            "[epoch] hot_epochs = 256: is out of range; give a whole number from 0 to 255",
+        ),
+        (
             MINIMAL + '[http]\nport = "9105"\n',
             '[http] port = "9105": is a string; write a whole number',
         ),

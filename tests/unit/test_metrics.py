@@ -49,6 +49,7 @@ ftd_heartbeat_age_seconds gauge
 ftd_heartbeat_path_losses_total counter path=link
 ftd_heartbeat_path_up gauge path=link
 ftd_heartbeats_missed_total counter
+ftd_hot_pages gauge
 ftd_in_flight_bytes gauge
 ftd_in_flight_limit_bytes gauge
 ftd_link_bytes_total counter connection=frames|control|heartbeat direction=sent|received
