@@ -179,6 +179,7 @@ class Node:
         self.number = number
         self.namespace = network.namespace(name)
         self.inode = 0
+        self.processor: int | None = None  # what runs here is to use no other
         self._cuts: dict[tuple[str, str], tuple[Direction, str]] = {}  # by segment and name
 
     @property
@@ -188,7 +189,8 @@ class Node:
 
     def command(self, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
         """The command line that runs `argv` in the namespace; the process keeps its pid."""
-        return ["ip", "netns", "exec", self.namespace, *(os.fspath(word) for word in argv)]
+        place = [] if self.processor is None else ["taskset", "--cpu-list", str(self.processor)]
+        return [*place, "ip", "netns", "exec", self.namespace, *(os.fspath(word) for word in argv)]
 
     async def run(
         self,
