@@ -256,7 +256,10 @@ def require_kvm(program: str) -> None:
 
 
 def pauses(vm: Vm) -> dict[str, Any]:
-    """What the checkpoints of all turns came to: percentiles in seconds."""
+    """What the checkpoints of all turns came to: percentiles in seconds.
+
+    Raises HostError if none succeeded, since the ring overflowed in each epoch.
+    """
     parts = [part for turn in vm.turns for part in turn.parts]
     if not parts:
         raise HostError(f"{vm.name}: no checkpoint succeeded; its ring overflowed {vm.overflows} times")
