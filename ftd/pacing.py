@@ -17,8 +17,9 @@ third rule comes before both bounds: no epoch is shorter than the link can take.
 is. Above `FULL` the least length grows, but not while what is under way gets less, for then it is long
 enough already and an old queue drains. Below `FREE` it shrinks, by as much as would load the link `HALF`,
 so that it does not come back to where it was too short: the load never grows faster than epochs get
-shorter. Between the two nothing happens. If even the longest epochs fill the link, it cannot take what the
-guest writes, at any length; they stay the longest, which send the least.
+shorter. Between the two nothing happens while the latency is held; if it is not, the least length shrinks
+as long as that leaves the link below `FULL`. If even the longest epochs fill the link, it cannot take what
+the guest writes, at any length; they stay the longest, which send the least.
 
 It decides seldom: after a window of epochs that all had the same length, so that it never takes the effect of
 an earlier decision for news. With a pause of p + a·T and a commit of c + m·T after an epoch of T seconds, the
@@ -60,6 +61,8 @@ LARGEST_STEP = 2.0
 FULL = 0.85
 FREE = 0.40
 HALF = 0.60
+# As loaded as that it may be made for the sake of the latency, and it is still not full a band later.
+BUSY = FULL / (1 + 2 * BAND)
 # So much less under way at the end of a window than at its beginning is a queue that drains.
 DRAINING = 0.97
 
@@ -272,7 +275,7 @@ class AutoPace(FixedPace):
             wanted, reason = limits.longest, "longest"
         # If the latency asked for less, it is not held, and neither is the slowdown.
         wanted = max(wanted, limits.shortest)
-        self._learn_the_least(epochs, ran, now)
+        self._learn_the_least(epochs, ran, now, late=latency is not None and latency > limits.latency)
         if wanted < self._least:
             wanted, reason = self._least, "link"
         self._reason = reason
@@ -280,8 +283,8 @@ class AutoPace(FixedPace):
         if abs(step - 1) > BAND:
             self._length = min(max(self._length * step, limits.shortest), limits.longest)
 
-    def _learn_the_least(self, epochs: list[_Epoch], ran: float, now: float) -> None:
-        """Follow what the link can take."""
+    def _learn_the_least(self, epochs: list[_Epoch], ran: float, now: float, *, late: bool) -> None:
+        """Follow what the link can take. late: the latency is over its bound."""
         limits = self._limits
         load = self._link.load(epochs, now)
         if load > FULL:
@@ -291,8 +294,8 @@ class AutoPace(FixedPace):
             # A stretched epoch is longer than was asked for, and still not long enough.
             step = min(max(load / HALF, 1 + 2 * BAND), LARGEST_STEP)
             self._least = min(max(self._least, self._length, ran) * step, limits.longest)
-        elif load < FREE:
-            step = max(load / HALF, 1 / LARGEST_STEP)
+        elif load < (BUSY if late else FREE):
+            step = max(load / (BUSY if late else HALF), 1 / LARGEST_STEP)
             self._least = max(self._least * step, limits.shortest)
 
     def _for_slowdown(self, epochs: list[_Epoch]) -> float:

@@ -75,7 +75,7 @@ async def test_bare_guest_is_equal_for_500_epochs_and_taken_over(
         "epoch": {**SETTINGS["epoch"], "speculative": speculative, "hot_epochs": hot},
         "machine": {"dirty_ring_size": ring},
     }
-    pair = await start_pair(await bare_guest("kvm", vcpus=vcpus), settings)
+    pair = await start_pair(await bare_guest("kvm", vcpus=vcpus, pages=512), settings)
     await run_epochs_and_verify(pair)
     await assert_bare_guest_goes_on(pair.primary)
     if speculative != "off":

@@ -25,7 +25,7 @@ async def bare_guest(
     if accelerator == "any":
         accelerator = "kvm" if await asyncio.to_thread(KVM.exists) else "tcg"
     words = {
-        "pages": "512",
+        "pages": "128",  # every epoch has some, and others have a processor
         "rounds_per_second": "100",
         **{name: str(value) for name, value in options.items()},
     }

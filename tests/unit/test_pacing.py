@@ -243,6 +243,22 @@ def test_a_link_that_becomes_slow_and_fast_again_is_followed_both_ways() -> None
         assert model.now - changed < 15
 
 
+def test_epochs_longer_than_the_link_needs_give_way_to_the_latency() -> None:
+    """A frame takes 60 ms, then 45, which leaves a link that is neither full nor free."""
+    bounds = replace(LIMITS, latency=0.120)
+    pace = AutoPace(0.010, bounds)
+    model = hot(500, 34e6)
+    model.run(pace, 300)
+    before = pace.length
+    model.bandwidth = 46e6
+    assert 0.045 / before > 0.4
+    assert before + 0.045 > bounds.latency
+    model.run(pace, 300)
+    rows = model.run(pace, 100)
+    assert max(row[3] for row in rows) <= bounds.latency
+    assert pace.reason == "link"
+
+
 def test_a_link_that_no_epoch_leaves_room_on_gets_the_longest() -> None:
     """They send no more than others, and cost fewer pauses. What is under way is bounded elsewhere."""
     pace = AutoPace(0.010, LIMITS)
