@@ -1,11 +1,8 @@
 """The link between primary and backup: three TCP connections that live and end together, as a `Session`.
 
-    control     data port        both ways    Hello first, then acknowledgements and control messages   event
-    loop
-    frames      data port        to backup    parts of frames                                            a
-    thread
-    heartbeat   heartbeat port   both ways    signs of life, which must not wait behind a frame          event
-    loop
+    control     data port        both ways    event loop   Hello, then acknowledgements and control messages
+    frames      data port        to backup    a thread     parts of frames
+    heartbeat   heartbeat port   both ways    event loop   signs of life, which must not wait behind a frame
 
 The primary connects, the backup listens. Control comes first: its Hello is what the backup admits or refuses;
 the other two show the same session id. Each connection has TLS of its own, with certificates on both sides.
