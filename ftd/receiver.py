@@ -89,7 +89,7 @@ class Receiver:
         memory_limit: int,
         on_committed: Callable[[Committed], None],
         on_received: Callable[[int], None],
-        on_verified: Callable[[VerifyResult], None],
+        on_verified: Callable[[VerifyResult], object],
         on_failed: Callable[[str, bool], None],
         on_applied: Callable[[int, float], None],
         copies: Copies,
@@ -292,7 +292,7 @@ class Receiver:
         self._failed = True
         self._call(self._on_failed, reason, disk)
 
-    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop is closed: the daemon is on its way out

@@ -23,7 +23,7 @@ from ftd.disk import BLOCK
 from ftd.disksync import DiskProgress
 from ftd.errors import FtdError, PeerError
 from ftd.flight import FlightRecorder, pack, unpack
-from ftd.messages import DiskVerifyResult, Flight
+from ftd.messages import DiskVerifyResult, Flight, VerifyResult
 from ftd.metrics import PAUSE_PARTS, Metrics, PausePart, Trigger, Warning_
 from ftd.pacing import Account, FixedPace
 from ftd.paths import PathState
@@ -31,6 +31,7 @@ from ftd.speculation import Round, Speculation
 from ftd.state import Move, PairState, Role, StateMachine
 from ftd.status import (
     AuthorityStatus,
+    Difference,
     DiskDifference,
     EpochStatus,
     OutputStatus,
@@ -453,11 +454,27 @@ class Report:
         self._in_flight_epochs = epochs
         self.metrics.in_flight.set(size)
 
-    def verified(self, report: VerifyReport) -> None:
-        """Note the result of a comparison."""
+    def verified(self, result: VerifyResult) -> VerifyReport:
+        """Note the result of a comparison of memory, and return it as operators see it."""
+        differences = [Difference(block=one.block, page=one.page) for one in result.differences]
+        report = VerifyReport(
+            epoch=result.epoch,
+            ok=result.ok,
+            pages=result.pages,
+            differing=result.differing,
+            differences=differences,
+        )
         self.last_verify = report
         self.metrics.epochs_verified.inc()
         self.metrics.verify_differences.inc(report.differing)
+        if not result.ok:
+            _log.error(
+                "THE SHADOW DIFFERS FROM THE GUEST",
+                epoch=result.epoch,
+                differing=result.differing,
+                pages=" ".join(f"{one.block}:{one.page}" for one in differences[:16]),
+            )
+        return report
 
     def verified_disks(self, result: DiskVerifyResult) -> None:
         """Note the result of a comparison of disks, beside that of the last one of memory."""

@@ -30,12 +30,10 @@ from ftd.messages import (
     Restarting,
     Resync,
     TookOver,
-    VerifyResult,
     Yield,
 )
 from ftd.receiver import Committed, Receiver
 from ftd.state import PairState
-from ftd.status import Difference, VerifyReport
 
 _log = log.get(__name__)
 
@@ -132,7 +130,7 @@ class Guard:
             memory_limit=self._vm.memory_limit,
             on_committed=self._on_committed,
             on_received=lambda size: report.metrics.add_link_bytes("frames", received=size),
-            on_verified=self._on_verified,
+            on_verified=report.verified,
             on_failed=self._on_failed,
             on_applied=lambda epoch, seconds: report.disks_applied(seconds) if copies.images else None,
             copies=copies,
@@ -180,24 +178,6 @@ class Guard:
                     self._on_disks_verified(message)
         except LinkLost:
             return None
-
-    def _on_verified(self, result: VerifyResult) -> None:
-        self._report.verified(
-            VerifyReport(
-                epoch=result.epoch,
-                ok=result.ok,
-                pages=result.pages,
-                differing=result.differing,
-                differences=[Difference(block=d.block, page=d.page) for d in result.differences],
-            )
-        )
-        for difference in result.differences[:16]:
-            _log.error(
-                "THE SHADOW DIFFERS FROM THE GUEST",
-                epoch=result.epoch,
-                block=difference.block,
-                page=difference.page,
-            )
 
     def _on_disks_verified(self, result: DiskVerifyResult) -> None:
         self._report.verified_disks(result)

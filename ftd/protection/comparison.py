@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from ftd import log
 from ftd.disk import Image
 from ftd.disksync import Questions
 from ftd.diskverify import DiskChecks
@@ -14,10 +13,8 @@ from ftd.link import Session
 from ftd.messages import DiskVerifyResult, VerifyResult
 from ftd.protection.ends import ProtectionLost, no_disks
 from ftd.report import Report, with_disks
-from ftd.status import Difference, VerifyReport
+from ftd.status import VerifyReport
 from ftd.wire import LinkLost
-
-_log = log.get(__name__)
 
 
 class Comparison:
@@ -96,26 +93,13 @@ class Comparison:
 
     def on_verified(self, result: VerifyResult) -> None:
         """Tell everybody what the backup has found. Raises ProtectionLost when memory differs."""
-        report = VerifyReport(
-            epoch=result.epoch,
-            ok=result.ok,
-            pages=result.pages,
-            differing=result.differing,
-            differences=[Difference(block=d.block, page=d.page) for d in result.differences],
-        )
-        self._report.verified(report)
+        report = self._report.verified(result)
         waiting = self._waiting.pop(result.epoch, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(report)
         if not result.ok:
             first = result.differences[0] if result.differences else None
             where = f", first page {first.page} of block {first.block}" if first else ""
-            _log.error(
-                "THE SHADOW DIFFERS FROM THE GUEST",
-                epoch=result.epoch,
-                differing=result.differing,
-                pages=" ".join(f"{d.block}:{d.page}" for d in result.differences[:16]),
-            )
             raise ProtectionLost(
                 f"the shadow differs from the guest in {result.differing} pages "
                 f"after epoch {result.epoch}{where}",
