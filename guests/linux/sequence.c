@@ -8,6 +8,8 @@
  * restoring of the guest, so it is looked for between the lines as well:
  *
  *     clock: BACKWARDS monotonic by D ns
+ *
+ * Both clocks are also left in memory, where they can be compared with a clock outside.
  */
 #include "state.h"
 #include <inttypes.h>
@@ -16,9 +18,11 @@
 
 static struct state *state;
 
-static int64_t look(clockid_t clock, const char *name, int64_t last)
+static int64_t look(clockid_t clock, const char *name, volatile int64_t *seen)
 {
-    int64_t now = clock_ns(clock);
+    int64_t last = *seen, now = clock_ns(clock);
+
+    *seen = now;
 
     if (now < last) {
         state->clock_backwards++;
@@ -29,18 +33,18 @@ static int64_t look(clockid_t clock, const char *name, int64_t last)
 
 int main(int argc, char **argv)
 {
-    int64_t monotonic = 0, wall = 0, printed = 0;
+    int64_t printed = 0;
 
     state = open_state();
+    state->magic = STATE_MAGIC;
     state->sequence_interval_ms = argc > 1 ? strtoull(argv[1], NULL, 10) : 100;
     setvbuf(stdout, NULL, _IOLBF, 1024);
 
     for (;;) {
         int64_t interval_ms = state->sequence_interval_ms;
+        int64_t monotonic = look(CLOCK_MONOTONIC, "monotonic", &state->monotonic_ns);
+        int64_t wall = look(CLOCK_REALTIME, "wall", &state->wall_ns);
         int64_t left_ms;
-
-        monotonic = look(CLOCK_MONOTONIC, "monotonic", monotonic);
-        wall = look(CLOCK_REALTIME, "wall", wall);
 
         /* 0 switches the lines off; the clocks are still watched. */
         left_ms = interval_ms - (monotonic - printed) / 1000000;

@@ -15,8 +15,17 @@
 
 #define PAGE_SIZE 4096
 #define STATE_FILE "/run/ftd-state"
+#define STATE_MAGIC 0x736b636f6c632d66ULL      /* "f-clocks" in memory */
 
 struct state {
+    /*
+     * Written by sequence: what its clocks said when it looked last.  First in the page,
+     * after a magic number, for those who look at the guest's memory from outside.
+     */
+    volatile uint64_t magic;
+    volatile int64_t monotonic_ns;
+    volatile int64_t wall_ns;
+
     /* Wishes to the dirtier: written by it at the start, then by counter. */
     volatile uint64_t wanted_pages_per_second;
     volatile uint64_t wanted_pages;
