@@ -6,6 +6,7 @@ that an arbiter can do wrong ends as an event: nothing raised by it reaches a ru
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Outcome:
 
 
 class Inquiry:
-    """The questions of one node. One at a time; belongs to the event loop."""
+    """The questions of one node, one at a time: the next waits. Belongs to the event loop."""
 
     def __init__(self, arbiter: Arbiter, report: Report, me: str) -> None:
         self.arbiter = arbiter
@@ -56,6 +57,7 @@ class Inquiry:
         self._me = me
         self._open: tuple[str, Question] | None = None
         self._told = ""
+        self._one = asyncio.Lock()
 
     @property
     def decides(self) -> bool:
@@ -107,8 +109,9 @@ class Inquiry:
         )
 
     async def _put(self, name: str, ask: Ask, *, once: bool = False) -> Outcome:
-        began = time.monotonic()
-        outcome = await self._outcome(name, ask, once=once)
+        async with self._one:
+            began = time.monotonic()
+            outcome = await self._outcome(name, ask, once=once)
         self._report.arbiter_answered(name, outcome.event.value, time.monotonic() - began, outcome.record)
         told = f"{name} {outcome.event} {outcome.reason}"
         if told != self._told:  # asked twice a second while nobody answers

@@ -60,11 +60,11 @@ ARBITER_ANSWERS: tuple[ArbiterAnswer, ...] = ("granted", "denied", "silent", "do
 
 Warning_ = Literal[
     "accept_split_brain", "insecure_link", "output_not_held", "disks_not_replicated", "arbiter_unreachable",
-    "arbiter_stale", "path_down", "other_peer",
+    "arbiter_stale", "arbiter_not_told", "path_down", "other_peer",
 ]  # fmt: skip
 WARNINGS: tuple[Warning_, ...] = (
     "accept_split_brain", "insecure_link", "output_not_held", "disks_not_replicated", "arbiter_unreachable",
-    "arbiter_stale", "path_down", "other_peer",
+    "arbiter_stale", "arbiter_not_told", "path_down", "other_peer",
 )  # fmt: skip
 
 # ---- buckets ---------------------------------------------------------------------------------------------
@@ -443,7 +443,8 @@ class Metrics:
             "encrypted; output_not_held: network output leaves before its epoch is committed; "
             "disks_not_replicated: a takeover damages the guest's disks; "
             "arbiter_unreachable: it did not answer the last question; arbiter_stale: it is older than this "
-            "node, and is not believed; path_down: nothing is heard on one of several paths; other_peer: "
+            "node, and is not believed; arbiter_not_told: the guest was taken by force, and what the arbiter "
+            "says of it is not so; path_down: nothing is heard on one of several paths; other_peer: "
             "`ftd protect` chose another backup than the configuration names.",
             warning=WARNINGS,
         )

@@ -317,6 +317,7 @@ class Node:
         if handed is not None:
             assert self._found is not None
             found, self._found = (handed, self._found), None
+        self._forced.clear()  # from here on it is this part's
         self._backup = backup = Backup(
             self._config, self._report, options, self._inquiry, self._partner, found
         )
@@ -365,6 +366,7 @@ class Node:
 
     async def _lead(self, primary: Primary) -> None:
         self._primary = primary
+        self._forced.clear()  # from here on it is this part's
         try:
             reason = await primary.run()
         finally:

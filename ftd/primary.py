@@ -36,7 +36,7 @@ from ftd.errors import (
     QemuError,
     friendly,
 )
-from ftd.inquiry import Inquiry
+from ftd.inquiry import Inquiry, Outcome
 from ftd.link import LinkOptions, Session
 from ftd.machine import MachineDescription, guest_disks, refuse_devices
 from ftd.marker import Marker, Markers, Worth
@@ -66,6 +66,8 @@ ASK_AGAIN_SECONDS = 0.5
 
 # For a backup to take a connection while this side is held, and would rather hear of the arbiter.
 CONNECT_WHILE_ASKING_SECONDS = 1.5
+
+_SETTLED = "who has the guest was settled while it was copied"
 
 # Reasons of QEMU's SHUTDOWN event that come from the host and not from anybody who wants the guest to end:
 # a signal to QEMU. The guest did nothing, so this is a loss like any other.
@@ -113,6 +115,7 @@ class Primary:
 
     standing: `alone` with authority that was won for this guest, `asking` for a guest that was found,
     `paired` with what a predecessor has handed on. remember: is told of every generation that this side wins.
+    told: False if the guest was given to this side by a person, and the arbiter does not know.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Primary:
         partner: Partner,
         remember: Callable[[int], None],
         handed: Handed | None = None,
+        told: bool = True,
     ) -> None:
         self._config = config
         self._report = report
@@ -148,6 +152,8 @@ class Primary:
         self._paused = False  # protection is not wanted
         self._nudge = asyncio.Event()  # something changed for whoever waits to look for a backup
         self._forced = False  # an operator says that the other side is dead
+        self._told = told or not inquiry.decides
+        self._asking: asyncio.Task[bool] | None = None  # while a copy is made
         self._closing: asyncio.Future[None] | None = None
         self._description: MachineDescription | None = None
         self._protection: Protection | None = None
@@ -157,7 +163,7 @@ class Primary:
         self._shutdown: str | None = None  # QEMU's reason, once the guest is ending
         self._unsubscribe: list[Callable[[], None]] = []
         self._markers = Markers([], config.node.name)  # of the guest's disks
-        report.machine.listen(self._on_move)
+        self._unsubscribe.append(report.machine.listen(self._on_move))
 
     async def run(self) -> str:
         """Run until the guest ends; return QEMU's reason for a wanted end.
@@ -241,9 +247,12 @@ class Primary:
             if not over.done():
                 over.set_result("" if move.to is PairState.WAITING else f"{move.to}: {move.reason}")
 
-        self._report.machine.listen(watch)
-        self._protection.yield_guest()
-        went_wrong = await over
+        unlisten = self._report.machine.listen(watch)
+        try:
+            self._protection.yield_guest()
+            went_wrong = await over
+        finally:
+            unlisten()
         if went_wrong:
             raise FtdError(f"the guest stays here, {went_wrong}")
         return "the backup has the guest"
@@ -296,9 +305,11 @@ class Primary:
             self._closing = asyncio.ensure_future(self._session.close(reason))
 
     def force(self) -> str:
-        """Go on alone whatever the arbiter says. Raises FtdError if this node is not held."""
+        """Go on alone whatever the arbiter says. Raises FtdError if this node's output is not held."""
         if self._authority.standing not in (Standing.ASKING, Standing.UNSURE):
-            raise FtdError(f"nothing to force: this node is {self._report.machine.state}, not held")
+            raise FtdError(
+                f"nothing to force: this node is {self._report.machine.state}, and its output is not held"
+            )
         self._forced = True
         self._nudge.set()
         return "output is being released; see ftd status"
@@ -309,10 +320,15 @@ class Primary:
         """See protection.Fence."""
         await self._markers.write(Worth.REPLICATED, self._generation)
 
+    async def ready_to_commit(self) -> None:
+        """See protection.Fence."""
+        if await self._stop_asking():
+            raise ProtectionLost(f"{_SETTLED}: another copy is needed", resync=True, aborted="stopped")
+
     def on_first_commit(self) -> None:
         """See protection.Fence."""
-        self._held = False
-        self._authority.on(Happening.COMMITTED)
+        self._held = self._forced = False
+        self._happened(Happening.COMMITTED)
 
     async def pair(self) -> None:
         """See protection.Fence."""
@@ -320,7 +336,7 @@ class Primary:
         backup = self._session.peer_node
         while True:
             outcome = await self._inquiry.pairing(self._generation, backup)
-            self._authority.on(outcome.event)
+            self._happened(outcome.event)
             if outcome.granted:
                 self._paired_with = backup
                 return
@@ -339,38 +355,96 @@ class Primary:
             self._authority.on(Happening.GRANTED)  # nobody to ask
         return self._authority.release is Release.ALL
 
-    async def _ask_for_solo(self) -> None:
-        """Ask once to go on alone, and let output go if that is granted. Raises Deposed."""
-        if self._forced:
-            self._forced = False
+    def _happened(self, event: Happening) -> None:
+        """Change the standing. Raises QemuDied once the guest has ended: nothing changes it any more."""
+        if self._over:
+            raise QemuDied("the guest has ended")
+        self._authority.on(event)
+
+    async def _ask(self) -> Outcome:
+        """Ask once to go on alone, or have the arbiter told of what a person has decided.
+
+        Raises Deposed if the other side has the guest, QemuDied if the guest has ended meanwhile.
+        """
+        if self._forced or not self._told:
+            self._forced = self._told = False
             outcome = await self._inquiry.force(self._generation)
-            self._authority.on(Happening.FORCED)
-        elif not self._inquiry.decides:
+            self._told = outcome.granted
+            self._happened(Happening.FORCED)
+            if not self._told:
+                self._report.warn(
+                    "arbiter_not_told", f"taken by force, and not known to it: {outcome.reason}"
+                )
+        else:
+            outcome = await self._inquiry.solo(self._generation)
+            self._happened(outcome.event)
+        if self._authority.standing is Standing.DEPOSED:
+            raise Deposed(f"this node has lost the guest: {outcome.reason}")
+        if self._authority.standing is Standing.ALONE:
+            self._forced = self._held = False
+            self._paired_with = ""
+        if self._told:
+            self._report.clear_warning("arbiter_not_told")
+        if outcome.granted and outcome.record is not None and outcome.record.generation > self._generation:
+            self._generation, self._next_epoch = outcome.record.generation, 1
+            self._report.set_generation(self._generation)
+            self._remember(self._generation)
+        return outcome
+
+    async def _ask_for_solo(self) -> None:
+        """Ask once, with no session, and let output go if that is granted. Raises Deposed."""
+        if not self._inquiry.decides and not self._forced:
             # Only an operator knows who has the guest.
             info = await self._guest.monitor.execute("query-x-ft")
             self._report.output(info["output"], None)
             self._held = info["output"]["holding"]
             if not self._held:
-                self._authority.on(Happening.FORCED)
+                self._happened(Happening.FORCED)
             return
-        else:
-            outcome = await self._inquiry.solo(self._generation)
-            self._authority.on(outcome.event)
-        if self._authority.standing is Standing.DEPOSED:
-            raise Deposed(f"this node has lost the guest: {outcome.reason}")
+        flowed, forced = self._authority.release is Release.ALL, self._forced
+        outcome = await self._ask()
+        if flowed:
+            return
         if self._authority.standing is not Standing.ALONE:
+            info = await self._guest.monitor.execute("query-x-ft")
+            self._report.output(info["output"], None)
             self._report.machine.move(PairState.HELD, f"output is held: {outcome.reason}")
             return
-        if outcome.record is not None and outcome.record.generation > self._generation:
-            self._generation, self._next_epoch = outcome.record.generation, 1
-            self._report.set_generation(self._generation)
-            self._remember(self._generation)
-        self._paired_with = ""
-        self._held = False
         await self._guest.monitor.execute("x-ft-end", output="release")
         self._report.no_output()
         await self._let_stopped_guest_go()
-        self._alone("the arbiter gave this node the authority to go on alone")
+        self._alone(
+            f"{'an operator' if forced else 'the arbiter'} gave this node the authority to go on alone"
+        )
+
+    async def _ask_during_copy(self, session: Session) -> bool:
+        """Ask for as long as the copy takes, since output is held; end the session once that is settled.
+
+        Returns whether it is. The copy is of a generation, and may not be committed in another; nor may it
+        while a question can still be granted. Raises what `_ask` raises.
+        """
+        me = asyncio.current_task()
+        while self._asking is me and not self._settled():
+            await self._sleep(ASK_AGAIN_SECONDS)
+            if self._asking is me and (self._inquiry.decides or self._forced):
+                try:
+                    await self._ask()
+                finally:
+                    if self._settled():
+                        await session.close(_SETTLED)
+        return self._settled()
+
+    def _settled(self) -> bool:
+        return self._authority.standing is not Standing.ASKING
+
+    async def _stop_asking(self) -> bool:
+        """Return when no question is under way; whether it is settled who has the guest. Raises Deposed."""
+        asking, self._asking = self._asking, None
+        if asking is None:
+            return False
+        self._nudge.set()
+        await asyncio.wait({asking})  # and not for it: one that is cancelled may have been carried out
+        return asking.result()
 
     def _on_move(self, move: Move) -> None:
         if move.to is PairState.SOLO:
@@ -447,7 +521,7 @@ class Primary:
             if not self._inquiry.decides:
                 self._held = holding
                 if not holding and self._authority.standing is Standing.ASKING:
-                    self._authority.on(Happening.GRANTED)
+                    self._happened(Happening.GRANTED)
             free = self._authority.release is Release.ALL
             await monitor.execute("x-ft-end", output="release" if free else "hold")
             if holding and not free:
@@ -472,11 +546,15 @@ class Primary:
             wait = RETRY_SECONDS
             if self._carried is not None and await self._resume(self._carried):
                 continue
-            if self._authority.standing in (Standing.ASKING, Standing.UNSURE):
+            if self._authority.standing in (Standing.ASKING, Standing.UNSURE) or not self._told:
                 await self._ask_for_solo()
-            if self._paused or not may_begin_session(self._authority.standing):
+            if self._paused or not self._told or not may_begin_session(self._authority.standing):
                 if self._authority.release is Release.ALL:
-                    self._alone("protection is paused by an operator")
+                    self._alone(
+                        "protection is paused by an operator"
+                        if self._paused
+                        else "taken by force: protection begins when the arbiter knows"
+                    )
                 await self._sleep(wait)
                 continue
             asking = self._authority.release is not Release.ALL and self._inquiry.decides
@@ -652,7 +730,7 @@ class Primary:
         reason, suspended = "", False
         report.flight.note("session", peer=session.peer_node, generation=self._generation)
         try:
-            await protection.run()
+            await self._run_protection(protection, session)
         except Yielded as error:
             aborted = error.aborted
             raise Deposed(str(error)) from None
@@ -698,6 +776,14 @@ class Primary:
         if self._authority.release is Release.ALL:
             await self._let_stopped_guest_go()
         return again
+
+    async def _run_protection(self, protection: Protection, session: Session) -> None:
+        if self._authority.standing is Standing.ASKING:
+            self._asking = asyncio.ensure_future(self._ask_during_copy(session))
+        try:
+            await protection.run()
+        finally:
+            await self._stop_asking()
 
     def _suspended(self, carried: Carried) -> None:
         """A daemon of the pair is being replaced. Raises Succession if it is this one."""

@@ -245,13 +245,14 @@ class StateMachine:
         """Say whether a move to the state would be accepted now."""
         return to is self._state or (self._role, self._state, to) in _ROWS
 
-    def listen(self, listener: Listener) -> None:
-        """Have the listener called after every move, in the order of registration.
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Have the listener called after every move, in the order of registration; returns what ends that.
 
         Listeners watch, they do not decide: one that raises is logged and changes nothing, since the state
         has changed already and the others have to hear of it. A listener must not call `move`.
         """
         self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     def move(self, to: PairState, reason: str) -> bool:
         """Change the state, and the role with a takeover; log it and tell the listeners.
@@ -276,7 +277,7 @@ class StateMachine:
             self._role = "backup"  # deposed, if it was the primary
         write = _log.warning if to in _LOUD else _log.info
         write("pair state changed", role=move.role, state=to, was=move.origin, reason=reason, meaning=row.why)
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             try:
                 listener(move)
             except Exception as exception:

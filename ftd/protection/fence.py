@@ -14,6 +14,12 @@ class Fence(Protocol):
         Raises HostError if it cannot be noted.
         """
 
+    async def ready_to_commit(self) -> None:
+        """The first frame is next: return when no question to the arbiter is under way any more.
+
+        Raises ProtectionLost if one was answered: the copy was begun for something that is not so any more.
+        """
+
     def on_first_commit(self) -> None:
         """The backup holds the guest: from now on this side may be deposed."""
 

@@ -47,7 +47,8 @@ class FirstCopy:
         noted = asyncio.ensure_future(self._note_disks())
         noted.add_done_callback(_forget)
         await self._copy_memory()
-        await self._wait_noted(noted)
+        await self._wait_for(noted)
+        await self._wait_for(asyncio.ensure_future(self._fence.ready_to_commit()))
 
     async def _copy_disks(self) -> None:
         """Have the backup's disks made equal; what the guest writes from now on comes in journals."""
@@ -78,17 +79,17 @@ class FirstCopy:
             except HostError as error:
                 raise no_disks(error) from None
 
-    async def _wait_noted(self, noted: asyncio.Future[None]) -> None:
-        """Return when it is noted.
+    async def _wait_for(self, done: asyncio.Future[None]) -> None:
+        """Return when something is done that has to be before the first frame.
 
-        The host's disk may take its time, and the guest's journal would be full meanwhile. Then the guest has
-        to wait, and the first frame is one of two parts, with the guest paused in between.
+        The host's disk, or the arbiter, may take its time, and the guest's journal would be full meanwhile.
+        Then the guest has to wait, and the first frame is one of two parts, with the guest paused in between.
         """
-        while not noted.done():
-            await asyncio.wait({noted}, timeout=CLOSE_SECONDS)
-            if not noted.done():
+        while not done.done():
+            await asyncio.wait({done}, timeout=CLOSE_SECONDS)
+            if self._images and not done.done():
                 await self._gathering.close_journal()
-        noted.result()
+        done.result()
 
     async def _copy_memory(self) -> None:
         """Live rounds: first over all memory, then over what became dirty meanwhile, until that is little."""

@@ -277,10 +277,11 @@ class Protection:
         await self._gathering.disconnect()
         if self._goes_on:
             return  # with everything as it is
+        release = self._fence.release_at_the_end(self._epochs.committed)
         with contextlib.suppress(QemuError):
-            release = self._fence.release_at_the_end(self._epochs.committed)
             await self._gathering.end(release=release)
-        self._report.no_output()
+        if release:
+            self._report.no_output()
         self._gathering.close()
         for image in self._images:
             image.close()

@@ -80,7 +80,7 @@ ftd_takeover_seconds gauge phase=detection|activation|total
 ftd_takeovers_refused_total counter
 ftd_takeovers_total counter trigger=connection-reset|qemu-died|silence|switchover|forced|link-cut|restart-overdue
 ftd_verify_differing_pages_total counter
-ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|disks_not_replicated|arbiter_unreachable|arbiter_stale|path_down|other_peer
+ftd_warning gauge warning=accept_split_brain|insecure_link|output_not_held|disks_not_replicated|arbiter_unreachable|arbiter_stale|arbiter_not_told|path_down|other_peer
 """  # noqa: E501
 
 

@@ -1,5 +1,9 @@
-"""When the primary looks for a backup again. All else of it is in tests/hosts, with real QEMUs and hosts."""
+"""When the primary looks for a backup again, and what it asks the arbiter meanwhile.
 
+All else of it is in tests/hosts, with real QEMUs and hosts.
+"""
+
+import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -7,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from unit import sample
 
 from ftd import primary as module
-from ftd.arbiter import NoArbiter
+from ftd.arbiter import NoArbiter, Record
+from ftd.arbiter_file import FileArbiter
 from ftd.authority import Standing
 from ftd.config import load
-from ftd.errors import FtdError, LinkError, PeerError
+from ftd.errors import ArbiterUnreachable, FtdError, LinkError, PeerError
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions, Session
 from ftd.messages import HeartbeatSettings, Resume
@@ -21,6 +27,8 @@ from ftd.partner import Partner
 from ftd.primary import Primary
 from ftd.qemu import QemuProcess
 from ftd.report import Report
+from ftd.state import PairState
+from ftd.wire import LinkLost
 
 CONFIG = """
 [node]
@@ -65,7 +73,8 @@ class Monitor:
     """Of a QEMU that does nothing."""
 
     async def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
-        return {"output": {"holding": False}, "running": True}
+        names = ("packets", "bytes", "oldest-ns", "longest-ns", "pushed-back", "dropped")
+        return {"output": {"holding": False, **dict.fromkeys(names, 0)}, "running": True}
 
 
 @pytest.fixture
@@ -125,3 +134,361 @@ async def test_one_that_is_not_there_is_looked_for_steadily_and_ends_the_patienc
     waited = await waits(tmp_path, GONE, GONE, GONE, REFUSED, REFUSED, REFUSED, GONE, REFUSED, REFUSED)
     steady = waited[0]
     assert waited == [steady, steady, steady, steady, 2 * steady, 4 * steady, steady, steady, 2 * steady]
+
+
+# ---- what it asks the arbiter -----------------------------------------------------------------------------
+
+PAIRED = Record(generation=1, owner="a", state="paired", backup="b")
+
+
+def in_words(record: Record | None) -> str:
+    assert record is not None
+    return f"{record.generation} {record.owner} {record.state}"
+
+
+class Moody(FileArbiter):
+    """A real one that does not answer while it is `gone`, and not before `slow` is set."""
+
+    gone = False
+    slow: asyncio.Event | None = None
+    asked = 0
+
+    async def read(self) -> Record | None:
+        self.asked += 1
+        if self.slow is not None:
+            await self.slow.wait()
+        if self.gone:
+            raise ArbiterUnreachable("gone")
+        return await super().read()
+
+
+class Copying:
+    """The part of protection that copies the guest: it ends with its session, and when told to commits."""
+
+    commits: asyncio.Event
+    epoch = 5
+    uncommitted = 0
+    stopped_guest = False
+
+    def __init__(self, *arguments: Any, fence: Primary, **named: Any) -> None:
+        self._fence = fence
+        self._session = arguments[3]
+
+    async def run(self) -> None:
+        lost = asyncio.ensure_future(self._session.wait_lost())
+        commits = asyncio.ensure_future(self.commits.wait())
+        try:
+            await asyncio.wait({lost, commits}, return_when=asyncio.FIRST_COMPLETED)
+            if not lost.done():
+                await self._fence.ready_to_commit()
+                self._fence.on_first_commit()
+            raise await lost
+        finally:
+            commits.cancel()
+            lost.cancel()
+            self._fence.release_at_the_end(committed=False)
+
+
+class FakeSession:
+    """Of a backup that says nothing."""
+
+    peer_node, peer, id = "b", "10.0.0.2:7788", "1"
+    heartbeats_missed = 0
+    heartbeat_age = None
+    lost: LinkLost | None = None
+
+    def __init__(self) -> None:
+        self._lost: asyncio.Future[LinkLost] = asyncio.get_running_loop().create_future()
+
+    async def close(self, reason: str) -> None:
+        self.lost = LinkLost("local", reason)
+        if not self._lost.done():
+            self._lost.set_result(self.lost)
+
+    async def wait_lost(self) -> LinkLost:
+        return await asyncio.shield(self._lost)
+
+    def paths(self) -> list[Any]:
+        return []
+
+
+class Asking(Primary):
+    """Found a guest whose backup may have taken over; its backup is there when `reachable`."""
+
+    sessions: list[FakeSession]
+    reachable = True
+
+    async def _connect(self, resume: Resume | None = None) -> Session:
+        if not self.reachable:
+            raise GONE
+        self.sessions.append(FakeSession())
+        return cast(Session, self.sessions[-1])
+
+
+class Guest(SimpleNamespace):
+    """A QEMU that goes when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(monitor=Subscribed(), pid=1, gone=asyncio.Event())
+
+    async def wait(self) -> None:
+        await self.gone.wait()
+
+
+class Subscribed(Monitor):
+    """Its monitor, with the events that somebody listens to."""
+
+    lost_reason = "gone"
+
+    def __init__(self) -> None:
+        self.lost = asyncio.Event()
+        self.heard: dict[str, Any] = {}
+        self.told: list[tuple[str, dict[str, Any]]] = []
+
+    def on(self, event: str, listener: Any) -> Any:
+        self.heard[event] = listener
+        return lambda: self.heard.pop(event)
+
+    async def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self.told.append((command, arguments))
+        return await super().execute(command, **arguments)
+
+    @property
+    def released(self) -> bool:
+        return ("x-ft-end", {"output": "release"}) in self.told
+
+
+class Scene:
+    """A primary that is `asking`, its arbiter and its guest."""
+
+    def __init__(self, folder: Path, record: Record = PAIRED, **named: Any) -> None:
+        (folder / "records").mkdir()
+        self.config = load(
+            sample.write(folder, own='state_dir = "state"\nrun_dir = "run"', arbiter=sample.FILE_ARBITER)
+        )
+        self.arbiter = Moody(folder / "records", "web", timeout=5)
+        self.record = record
+        self.report = Report(self.config, Metrics(), "primary")
+        self.remembered: list[int] = []
+        self.guest = Guest()
+        self.primary = Asking(
+            self.config,
+            self.report,
+            LinkOptions(identity=None, heartbeat=HeartbeatSettings(interval_ms=50, misses=6)),
+            cast(QemuProcess, self.guest),
+            1,
+            **{"standing": Standing.ASKING, **named},
+            inquiry=Inquiry(self.arbiter, self.report, "a"),
+            partner=Partner(self.config),
+            remember=self.remembered.append,
+        )
+        self.primary.sessions = []
+        self._run: asyncio.Task[str] | None = None
+
+    async def __aenter__(self) -> "Scene":
+        await FileArbiter.compare_and_set(self.arbiter, None, self.record)
+        self._run = asyncio.ensure_future(self.primary.run())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._run is not None
+        self._run.cancel()
+        await asyncio.wait({self._run})
+        self.report.flight.close()
+
+    async def end(self) -> str:
+        """Returns why the guest ended, by the primary."""
+        assert self._run is not None
+        return await self._run
+
+    async def until(self, condition: Any) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                assert self._run is not None
+                if self._run.done():
+                    self._run.result()
+                await asyncio.sleep(0.001)
+
+    async def until_state(self, state: PairState) -> None:
+        await self.until(lambda: self.report.machine.state is state)
+
+
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch, no_qemu: None) -> type[Copying]:
+    Copying.commits = asyncio.Event()
+    monkeypatch.setattr(module, "Protection", Copying)
+    monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    return Copying
+
+
+async def test_a_guest_that_is_held_is_let_go_as_soon_as_the_arbiter_answers_in_a_copy(
+    tmp_path: Path, copying: type[Copying]
+) -> None:
+    """A copy may take hours."""
+    scene = Scene(tmp_path)
+    scene.arbiter.gone = True
+    async with scene:
+        await scene.until_state(PairState.SYNCING)
+        asked = scene.arbiter.asked
+        await scene.until(lambda: scene.arbiter.asked > asked + 2)
+        assert len(scene.primary.sessions) == 1  # no answer, no harm
+        assert not scene.guest.monitor.released
+        scene.arbiter.gone = False
+        await scene.until(lambda: len(scene.primary.sessions) == 2)
+        assert in_words(await scene.arbiter.read()) == "2 a solo"
+        assert scene.remembered == [2]
+        await scene.until_state(PairState.SYNCING)  # another copy, in the new generation
+
+
+async def test_nothing_is_committed_while_a_question_is_under_way(
+    tmp_path: Path, copying: type[Copying]
+) -> None:
+    """It could be granted afterwards: in another generation than the one that the backup has."""
+    scene = Scene(tmp_path)
+    scene.arbiter.gone = True
+    async with scene:
+        await scene.until_state(PairState.SYNCING)
+        scene.arbiter.slow = asyncio.Event()
+        asked = scene.arbiter.asked
+        await scene.until(lambda: scene.arbiter.asked > asked)
+        copying.commits.set()
+        await asyncio.sleep(0)
+        scene.arbiter.gone = False
+        copying.commits = asyncio.Event()
+        scene.arbiter.slow.set()
+        await scene.until(lambda: len(scene.primary.sessions) == 2)
+    assert scene.remembered == [2]
+
+
+async def test_a_copy_is_committed_without_an_arbiter_that_answers(
+    tmp_path: Path, copying: type[Copying]
+) -> None:
+    scene = Scene(tmp_path)
+    scene.arbiter.gone = True
+    async with scene:
+        await scene.until_state(PairState.SYNCING)
+        copying.commits.set()
+        await scene.until(lambda: scene.report.status().authority.standing == Standing.PAIRED)
+        asked = scene.arbiter.asked
+        await asyncio.sleep(0.05)
+        assert scene.arbiter.asked == asked  # nothing is asked any more
+
+
+async def test_an_operators_word_counts_during_a_copy_too(tmp_path: Path, copying: type[Copying]) -> None:
+    scene = Scene(tmp_path)
+    scene.arbiter.gone = True
+    async with scene:
+        await scene.until_state(PairState.SYNCING)
+        scene.primary.force()
+        await scene.until_state(PairState.SOLO)
+        assert len(scene.primary.sessions) == 1
+
+
+async def test_an_operators_word_is_for_one_time(tmp_path: Path, copying: type[Copying]) -> None:
+    """One that comes too late must not be remembered, and later go past an arbiter that says no."""
+    scene = Scene(tmp_path)
+    scene.arbiter.gone = True
+    async with scene:
+        await scene.until_state(PairState.SYNCING)
+        scene.arbiter.slow = asyncio.Event()
+        asked = scene.arbiter.asked
+        await scene.until(lambda: scene.arbiter.asked > asked)
+        scene.primary.force()
+        copying.commits.set()
+        scene.arbiter.slow.set()
+        await scene.until(lambda: scene.report.status().authority.standing == Standing.PAIRED)
+        # The backup takes over.
+        scene.arbiter.gone = False
+        scene.primary.reachable = False
+        taken = Record(generation=2, owner="b", state="solo")
+        await scene.arbiter.compare_and_set(await scene.arbiter.read(), taken)
+
+        async def kill() -> None:
+            scene.guest.gone.set()
+
+        scene.guest.kill = kill
+        await scene.primary.sessions[0].close("the link is cut")
+        with pytest.raises(module.Deposed):
+            await scene.end()
+        assert in_words(await scene.arbiter.read()) == "2 b solo"
+
+
+@pytest.mark.parametrize("was", ["primary", "backup"])
+async def test_an_arbiter_that_was_gone_is_told_who_has_the_guest_by_force(
+    tmp_path: Path, copying: type[Copying], was: str
+) -> None:
+    """Before that there is no protection: another side could be right to start the guest."""
+    if was == "primary":
+        scene = Scene(tmp_path)
+    else:
+        record = Record(generation=1, owner="b", state="paired", backup="a")
+        scene = Scene(tmp_path, record, standing=Standing.ALONE, told=False)
+    scene.arbiter.gone = True
+    scene.primary.reachable = False
+    async with scene:
+        if was == "primary":
+            await scene.until_state(PairState.HELD)
+            scene.primary.force()
+        await scene.until(lambda: "arbiter_not_told" in scene.report.warning_names)
+        await scene.until_state(PairState.SOLO)
+        scene.primary.reachable = True
+        asked = scene.arbiter.asked
+        await scene.until(lambda: scene.arbiter.asked > asked + 2)
+        assert not scene.primary.sessions
+        scene.arbiter.gone = False
+        await scene.until_state(PairState.SYNCING)
+        assert in_words(await scene.arbiter.read()) == "2 a solo"
+        assert "arbiter_not_told" not in scene.report.warning_names
+        assert len(scene.primary.sessions) == 1
+
+
+async def test_a_no_during_a_copy_ends_the_guest(tmp_path: Path, copying: type[Copying]) -> None:
+    scene = Scene(tmp_path)
+    scene.arbiter.gone = True
+    killed = asyncio.Event()
+
+    async def kill() -> None:
+        killed.set()
+
+    scene.guest.kill = kill
+    async with scene:
+        await scene.until_state(PairState.SYNCING)
+        scene.arbiter.slow = asyncio.Event()
+        taken = Record(generation=2, owner="b", state="solo")
+        await FileArbiter.compare_and_set(scene.arbiter, await FileArbiter.read(scene.arbiter), taken)
+        scene.arbiter.gone = False
+        scene.arbiter.slow.set()
+        with pytest.raises(module.Deposed):
+            await scene.end()
+        assert killed.is_set()
+        assert not scene.guest.monitor.released
+
+
+async def test_a_guest_that_ends_during_a_question_has_ended(tmp_path: Path, copying: type[Copying]) -> None:
+    """Rule S7: and nobody boots it again."""
+    scene = Scene(tmp_path)
+    scene.arbiter.slow = asyncio.Event()
+    async with scene:
+        await scene.until(lambda: scene.arbiter.asked)
+        scene.guest.monitor.heard["SHUTDOWN"]({"data": {"reason": "guest-shutdown"}})
+        scene.guest.gone.set()
+        await scene.until(lambda: scene.report.status().authority.standing == Standing.ENDED)
+        scene.arbiter.slow.set()
+        assert await scene.end() == "the guest has ended: guest-shutdown"
+        assert in_words(await scene.arbiter.read()) == "2 a stopped"
+
+
+async def test_a_primary_that_is_over_does_not_write_to_disks_any_more(
+    tmp_path: Path, copying: type[Copying]
+) -> None:
+    scene = Scene(tmp_path)
+    written: list[int] = []
+    scene.primary._mark_alone = lambda: written.append(1)  # type: ignore[method-assign]
+    scene.primary.reachable = False
+    async with scene:
+        await scene.until_state(PairState.SOLO)
+    assert written == [1]
+    scene.report.machine.move(PairState.SYNCING, "the next primary, with a backup")
+    scene.report.machine.move(PairState.SOLO, "and without")
+    assert written == [1]
