@@ -692,6 +692,12 @@ class Primary:
             on_lateness=self._report.metrics.loop_lag.set,
         )
         _log.info("link up", peer=session.peer, node=session.peer_node, session=session.id)
+        if resume is None:
+            try:
+                await self._describe_again(session)
+            except BaseException:
+                session.abort("the guest's machine could not be described")
+                raise
         try:
             differences = self._description.differences(
                 MachineDescription.model_validate(session.welcome.description)
@@ -703,6 +709,18 @@ class Primary:
             await session.close(text)
             raise PeerError(text)
         return session
+
+    async def _describe_again(self, session: Session) -> None:
+        """See whether the machine is still what the backup was told. Raises LinkError, to try again, if not.
+
+        A device may have been plugged in while nothing protected the guest, and no event of QEMU tells.
+        """
+        now = await MachineDescription.of(self._guest.monitor)
+        if now != self._description:
+            self._description = now
+            text = "the guest's machine has changed since it was described"
+            await session.close(text)
+            raise LinkError(f"{text}; trying again")
 
     async def _with_backup(self, session: Session, carried: Carried | None = None) -> bool:
         """Protect the guest over a session until that ends. Returns whether to begin anew at once.

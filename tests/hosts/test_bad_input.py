@@ -280,6 +280,19 @@ def run_in_namespace(pair: Pair, work: Callable[[], Any]) -> Any:
     return call_in_namespace(pair.a.namespace, lambda: asyncio.run(work()))
 
 
+async def test_a_device_that_was_plugged_in_while_nothing_protected_the_guest(make_pair: StartPair) -> None:
+    """It is in no machine that the backup has; while the guest is protected, QEMU refuses it."""
+    pair: Pair = await make_pair(await bare_guest())
+    await pair.primary.start()
+    await pair.primary.wait_state("solo", 20)
+    device = {"driver": "virtio-balloon-pci", "id": "late"}
+    async with await Monitor.connect(pair.primary.run_dir / "operator.sock") as operator:
+        await operator.execute("device_add", **device)
+        await pair.backup.start()
+        await wait_log(pair.primary, r"no backup: .* device id late: absent here, virtio-balloon-pci on the peer")
+        assert (await pair.primary.status())["state"] == "solo"
+
+
 async def test_peer_that_ends_in_the_middle_of_a_frame(make_pair: StartPair) -> None:
     """A primary of this test's own sends half a part, then no more, and dies: the shadow is as before."""
     pair: Pair = await make_pair(await bare_guest())

@@ -237,7 +237,7 @@ async def test_without_a_daemon_the_guest_writes_on_and_protection_is_given_up(m
     await machine.begin()
 
 
-async def test_disks_that_are_not_in_the_list_are_refused_at_the_beginning_and_later(
+async def test_disks_that_are_not_in_the_list_are_refused_and_none_can_be_plugged_in(
     make_machine, folder
 ) -> None:
     machine = await make_machine(2)
@@ -257,9 +257,15 @@ async def test_disks_that_are_not_in_the_list_are_refused_at_the_beginning_and_l
     (folder / "late.img").write_bytes(bytes(MIB))
     late = {"driver": "file", "filename": str(folder / "late.img")}
     await machine.monitor.execute("blockdev-add", driver="raw", node_name="late", file=late)
-    await machine.monitor.execute("device_add", driver="virtio-blk-pci", id="late", drive="late")
+    disk = {"driver": "virtio-blk-pci", "id": "late", "drive": "late"}
+    for command, arguments in (("device_add", disk), ("device_del", {"id": "vd0"})):
+        with pytest.raises(QemuError, match=rf"{command} not allowed while the guest is being checkpointed"):
+            await machine.monitor.execute(command, **arguments)
+    await machine.checkpoint()
+    await machine.monitor.execute("x-ft-end")
+    await machine.monitor.execute("device_add", **disk)
     with pytest.raises(QemuError, match=r"can write to disk '.*late.*', which is not among those"):
-        await machine.gather()
+        await machine.begin()
     assert machine.paths[0].stat().st_size == DISK_SIZE
 
 

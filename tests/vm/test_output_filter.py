@@ -64,6 +64,14 @@ class Wire:
     def ask(self, number: int) -> None:
         self._send(_question(number))
 
+    def try_to_ask(self, number: int) -> bool:
+        """False if QEMU has not read what was asked before."""
+        try:
+            self.ask(number)
+        except BlockingIOError:
+            return False
+        return True
+
     def answers(self) -> list[int]:
         """Those that are there now, in order; they are taken off the wire."""
         found = [_answer(frame) for frame in self._frames()]
@@ -84,6 +92,17 @@ class Wire:
         with contextlib.suppress(BlockingIOError):
             while True:
                 yield self._end.recv(65536)
+
+
+class DatagramWire(Wire):
+    """Not connected, since only then the kernel has QEMU wait when a few datagrams are not read."""
+
+    def __init__(self, end: socket.socket, to: Path) -> None:
+        super().__init__(end)
+        self._to = str(to)
+
+    def _send(self, frame: bytes) -> None:
+        self._end.sendto(frame, self._to)
 
 
 class StreamWire(Wire):
@@ -181,7 +200,8 @@ def _listen(kind: int, path: Path) -> socket.socket:
 async def machine(qemu_binary: Path, folder: Path, namespace: str) -> AsyncIterator[Machine]:
     guest = await build("guests/linux/build")
     console = Console(folder / "console")
-    datagrams = _listen(socket.SOCK_DGRAM, folder / "here")
+    # In the namespace, where a socket takes no more than ten datagrams that nobody has read.
+    datagrams = call_in_namespace(namespace, _listen, socket.SOCK_DGRAM, folder / "here")
     server = _listen(socket.SOCK_STREAM, folder / "stream")
     server.listen(1)
     ends = {"local": folder / "there", "remote": folder / "here"}
@@ -209,10 +229,13 @@ async def machine(qemu_binary: Path, folder: Path, namespace: str) -> AsyncItera
     process = subprocess.Popen(words)  # noqa: ASYNC220 - a moment, in a test
     try:
         stream, _ = await asyncio.to_thread(server.accept)
-        datagrams.connect(str(folder / "there"))
         packets = call_in_namespace(namespace, socket.socket, socket.AF_PACKET, socket.SOCK_RAW)
         packets.bind((TAP, ETH_P_ALL))
-        wires = {"dgram": Wire(datagrams), "stream": StreamWire(stream), "tap": Wire(packets)}
+        wires = {
+            "dgram": DatagramWire(datagrams, folder / "there"),
+            "stream": StreamWire(stream),
+            "tap": Wire(packets),
+        }
         await console.wait_for("^ftd-guest: ready", 90)
         async with await Monitor.connect(folder / "qmp") as monitor:
             staging = Staging(2, slot_size(MEMORY_MIB * MIB, 2 * MEMORY_MIB * MIB))
@@ -306,3 +329,20 @@ async def test_a_full_queue_makes_the_guest_wait(machine: Machine) -> None:
             epoch += 1
     assert sorted(found) == [*asked]
     assert (await machine.output())["dropped"] == 0
+
+
+async def test_the_end_of_protection_wakes_a_card_whose_backend_has_no_room(machine: Machine) -> None:
+    """Nobody is left then who would wake it when there is room."""
+    full = asyncio.Event()
+    machine.monitor.on("X_FT_OUTPUT_FULL", lambda _: full.set())
+    await machine.begin(output_limit=4096)
+    await machine.checkpoint(1)
+    wire = machine.wires["dgram"]
+    asked = range(10, 140)
+    async with asyncio.timeout(30):
+        for number in asked:
+            while not wire.try_to_ask(number):  # noqa: ASYNC110 - QEMU does not tell
+                await asyncio.sleep(0.001)
+        await full.wait()
+    await machine.monitor.execute("x-ft-end", output="release")
+    assert sorted(await wire.wait_answers(len(asked))) == [*asked]
