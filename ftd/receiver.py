@@ -4,8 +4,10 @@
     applier thread                                apply → verify digests → free ◄────┘
 
 A frame is acknowledged when it is held wholly in memory, verified, and known to fit (rule S4). It is applied
-after that, in order. The queue between the threads is bounded by the receive buffers: a backup that applies
-too slowly stops to read, and TCP slows the primary down.
+after that, in order, whatever comes after it: a frame that is refused ends the session, and no more. Only if
+applying itself fails is the rest left out, and the shadow is poisoned then. The queue between the threads is
+bounded by the receive buffers: a backup that applies too slowly stops to read, and TCP slows the primary
+down.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class Receiver:
         self._late: Frame | None = None  # for tests: a frame whose disks are applied and whose memory is not
         self._acknowledged: dict[int, float] = {}  # when frames were, monotonic; until they are applied
         self._queue: queue.SimpleQueue[Frame | Part | _Chunks | _Question | None] = queue.SimpleQueue()
-        self._failed = False
+        self._spoiled = False  # the applier's: something could not be applied, nor can what comes after it
         self._threads = [
             threading.Thread(target=self._receive, name="ftd-receiver", daemon=True),
             threading.Thread(target=self._apply_all, name="ftd-applier", daemon=True),
@@ -178,6 +180,8 @@ class Receiver:
             for each in result.parts:
                 each.journal.check(self._sizes)
             self._acknowledged[result.epoch] = time.monotonic()
+            if self._replicate != "early":  # which leaves the memory behind on purpose
+                self._shadow.acknowledge(result.epoch)
             self._session.post(
                 Ack(
                     generation=result.generation,
@@ -223,19 +227,22 @@ class Receiver:
         while (item := self._queue.get()) is not None:
             finished: Frame | Part | _Chunks | _Question | None = item
             try:
-                if not self._failed:
+                if not self._spoiled:
                     finished = self._apply(item)
             except HostError as error:
-                self._shadow.poison(friendly(error))
-                self._fail(friendly(error), disk=True)
+                self._spoil(friendly(error), disk=True)
             except Exception as error:
-                # The shadow is poisoned, and refuses takeover.
-                self._fail(f"applying failed: {friendly(error)}")
+                self._spoil(f"applying failed: {friendly(error)}")
             finally:
                 if finished is not None:
                     finished.release()
         if self._late is not None:
             self._late.release()
+
+    def _spoil(self, reason: str, *, disk: bool = False) -> None:
+        self._spoiled = True
+        self._shadow.poison(reason)
+        self._fail(reason, disk=disk)
 
     def _apply(self, item: Frame | Part | _Chunks | _Question) -> Frame | Part | _Chunks | _Question | None:
         """Apply what came, and return what is done with."""
@@ -289,7 +296,6 @@ class Receiver:
     # ---- both ---------------------------------------------------------------------------------------------
 
     def _fail(self, reason: str, *, disk: bool = False) -> None:
-        self._failed = True
         self._call(self._on_failed, reason, disk)
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
