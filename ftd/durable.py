@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,19 +35,32 @@ class Memory(BaseModel):
 
 
 class Durable:
-    """The file `node.json` in a folder. Raises HostError, one line, for what cannot be read or written."""
+    """The file `node.json` in a folder. Raises HostError, one line, for what cannot be read or written.
+
+    For any thread. `write` waits for the host's disk, which may be busy for seconds.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "node.json"
+        self._lock = threading.Lock()
+        self._there: Memory | None = None  # what is known to be in the file
 
     def read(self) -> Memory:
         """Return what was last written, or an empty memory."""
         not_one = "is not a node's memory; if the peer runs the guest or no guest runs, remove it"
-        return load(self.path, Memory, not_one) or Memory()
+        self._there = load(self.path, Memory, not_one)
+        return self._there or Memory()
+
+    def holds(self, memory: Memory) -> bool:
+        """Say whether that is what was last written, or read."""
+        return self._there == memory
 
     def write(self, memory: Memory) -> None:
         """Replace what was written before, and return when it would survive a power loss."""
-        replace(self.path, memory)
+        with self._lock:
+            self._there = None
+            replace(self.path, memory)
+            self._there = memory
 
 
 def load(path: Path, model: type[ModelT], not_one: str) -> ModelT | None:

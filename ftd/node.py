@@ -267,7 +267,7 @@ class Node:
                     outcome = await self._guard(options)
                     if isinstance(outcome, GuestEnded):
                         return 0
-                    self._remember(outcome.generation)
+                    await self._remember(outcome.generation)
                     primary = self._primary_of(options, outcome.guest, outcome.generation, Standing.ALONE)
                 elif start is Start.ATTACH:
                     self._assume_primary()
@@ -321,8 +321,7 @@ class Node:
         self._backup = backup = Backup(
             self._config, self._report, options, self._inquiry, self._partner, found
         )
-        if self._inquiry.decides:
-            backup.on_generation(lambda generation: self._remember(generation, "backup"))
+        backup.on_generation(self._remember)
         self._notifier.ready("backup: waiting for a primary")
         try:
             return await backup.run()
@@ -335,9 +334,9 @@ class Node:
     async def _start_primary(self, options: LinkOptions) -> Primary:
         """Start the guest without asking anybody, or attach to the one that runs here."""
         generation = max(1, self._known)
-        guest, self._found = self._found or await start_guest(self._config), None
         if not self._inquiry.decides:
-            self._remember(generation)
+            await self._remember(generation)
+        guest, self._found = self._found or await start_guest(self._config), None
         handed, self._handed = self._handed, None
         if handed is None or handed.generation != generation:
             return self._primary_of(options, guest, generation, Standing.ASKING)
@@ -360,7 +359,7 @@ class Node:
             standing=standing,
             inquiry=self._inquiry,
             partner=self._partner,
-            remember=self._remember,
+            remember=self._remember_at_once,
             handed=handed,
         )
 
@@ -437,7 +436,7 @@ class Node:
             if not forced.granted or forced.record is None:
                 _log.error("the guest is not started: the arbiter has to know it", reason=forced.reason)
                 return None
-            self._remember(forced.record.generation)
+            await self._remember(forced.record.generation)
             return forced.record, forced.record.generation
         try:
             record = await self._inquiry.arbiter.read()
@@ -450,15 +449,29 @@ class Node:
         outcome = await self._inquiry.first(record)
         if not outcome.granted or outcome.record is None:
             return None
-        self._remember(outcome.record.generation)
+        await self._remember(outcome.record.generation)
         return outcome.record, settled
 
-    def _remember(self, generation: int, role: Role = "primary") -> None:
-        """Note this node's part in a generation. The guest goes on, whatever becomes of the note."""
+    async def _remember(self, generation: int, role: Role = "primary") -> None:
+        """Note this node's part in a generation. The guest goes on, whatever becomes of the note.
+
+        The host's disk may be busy with a copy: heartbeats go on meanwhile.
+        """
         self._known = max(self._known, generation)
+        memory = Memory(generation=generation, role=role, arbiter=self._arbiter)
+        if not self._durable.holds(memory):
+            await asyncio.to_thread(self._write_down, memory)
+
+    def _remember_at_once(self, generation: int) -> None:
+        """The same for a primary that has no session, and lets no output go before it is noted."""
+        self._known = max(self._known, generation)
+        self._write_down(Memory(generation=generation, role="primary", arbiter=self._arbiter))
+
+    def _write_down(self, memory: Memory) -> None:
         try:
-            self._durable.write(Memory(generation=generation, role=role, arbiter=self._arbiter))
+            self._durable.write(memory)
         except HostError as error:
+            generation = memory.generation
             _log.error("the generation is not remembered", generation=generation, error=friendly(error))
 
     def _link_options(self) -> LinkOptions:

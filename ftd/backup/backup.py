@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 
 from ftd import log, tap
@@ -14,7 +13,7 @@ from ftd.backup.disks import Disks
 from ftd.backup.guard import Guard
 from ftd.backup.interim import give_up_waiting, next_session, take_up
 from ftd.backup.outcome import GuestEnded, ShadowGone, TakenOver
-from ftd.backup.standby import ShadowVm, Standby
+from ftd.backup.standby import Remember, ShadowVm, Standby
 from ftd.config import Config
 from ftd.disk import Copies
 from ftd.errors import TakeoverRefused
@@ -59,9 +58,9 @@ class Backup:
         self._standby.busy = handed is not None  # until that is taken up
         self._handed = handed
 
-    def on_generation(self, listener: Callable[[int], None]) -> None:
-        """Have the listener told of each session's generation, before anything is acknowledged in it."""
-        self._standby.on_generation = listener
+    def on_generation(self, remember: Remember) -> None:
+        """Have it noted which part this node plays in a generation, before anything is acknowledged in it."""
+        self._standby.remember = remember
 
     def force(self) -> str:
         """Start the shadow whatever the arbiter says. Returns what will be done; raises TakeoverRefused."""

@@ -97,7 +97,6 @@ class Guard:
     async def _begin(self) -> bool:
         """Be ready for frames. Returns False if the disks cannot be; the session is closed then."""
         standby, report, session = self._standby, self._report, self._session
-        standby.on_generation(self._generation)
         standby.forced = asyncio.get_running_loop().create_future()
         report.set_generation(self._generation)
         report.session_began(session)
@@ -106,13 +105,14 @@ class Guard:
         )
         if self._resumes:
             self._copied.set()
-            return True
-        standby.authority.on(Event.SYNC)
-        standby.claimable = False
-        report.begin_sync()
-        report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
-        self._shadow.begin_sync(self._generation)
-        if await self._vm.disks.mark(Worth.SYNCING, self._generation):
+        else:
+            standby.authority.on(Event.SYNC)
+            standby.claimable = False
+            report.begin_sync()
+            report.machine.move(PairState.SYNCING, f"{session.peer_node} has come and copies its guest")
+            self._shadow.begin_sync(self._generation)
+        await standby.guards(self._generation)
+        if self._resumes or await self._vm.disks.mark(Worth.SYNCING, self._generation):
             return True
         report.session_ended()
         await session.close("the disks here cannot be marked as incomplete")

@@ -63,6 +63,7 @@ async def take_up(standby: Standby, handed: Handed, shadow: Shadow) -> None:
     assert handed.backup is not None
     generation, epoch = handed.generation, handed.epoch
     try:
+        await standby.guards(generation)
         await asyncio.to_thread(shadow.restore, handed.backup.image, generation, epoch)
     except (FtdError, OSError) as error:
         _log.error("the shadow does not go on", reason=friendly(error))
@@ -72,7 +73,6 @@ async def take_up(standby: Standby, handed: Handed, shadow: Shadow) -> None:
         handed.close()
         standby.busy = False
     report = standby.report
-    standby.on_generation(generation)
     report.set_generation(generation)
     report.epoch, report.committed = epoch + 1, epoch
     report.peer_name = handed.peer_node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ftd import log
@@ -20,9 +20,12 @@ from ftd.marker import Marker
 from ftd.qemu import QemuProcess
 from ftd.report import Report
 from ftd.shadow import Shadow
-from ftd.state import PairState
+from ftd.state import PairState, Role
 
 _log = log.get(__name__)
+
+# Has it noted durably which part this node plays in a generation.
+Remember = Callable[[int, Role], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class ShadowVm:
     gone: asyncio.Future[int | None]
 
 
+async def _forget(generation: int, role: Role) -> None:
+    """Note nothing."""
+
+
 class Standby:
     """The backup's own state. The event loop's: what is said about one moment holds until the next await."""
 
@@ -48,7 +55,7 @@ class Standby:
         self.inquiry = inquiry
         self.authority = Authority(standing, report.on_authority)
         report.set_standing(standing)
-        self.on_generation: Callable[[int], None] = lambda generation: None  # of each session
+        self.remember: Remember = _forget
         # Of the shadow's machine; None while there is none that a primary could come to.
         self.description: MachineDescription | None = None
         self.markers: list[Marker] = []  # of its disks
@@ -68,6 +75,14 @@ class Standby:
         """A primary has come, and waits to be guarded."""
         self.arrived.put_nowait(session)
         self.arrival.set()
+
+    async def guards(self, generation: int) -> None:
+        """Have it noted, before anything is acknowledged in it, that this node is the backup in a generation.
+
+        Without an arbiter nobody asks for it: the primary's generation is whatever it says.
+        """
+        if self.inquiry.decides:
+            await self.remember(generation, "backup")
 
     def wait_for_next_daemon(self, away: Away) -> None:
         """Keep the shadow for as long as was agreed."""

@@ -5,9 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from unit import sample
@@ -16,10 +18,12 @@ from ftd import node as node_module
 from ftd.arbiter import Record
 from ftd.authority import Start
 from ftd.config import Config, load
+from ftd.durable import Durable, Memory
 from ftd.errors import HostError
 from ftd.http import Server
 from ftd.marker import Marker, Worth, mark
 from ftd.node import Found, Node, _find
+from ftd.state import Role
 from ftd.succession import Handed, HandedBackup, HandedPrimary
 
 
@@ -137,6 +141,52 @@ async def test_one_that_may_be_started_from_has_the_guest_won(
     assert won is not None
     assert won == (await node._inquiry.arbiter.read(), generation)
     assert won[0].generation == 7
+
+
+# ---- what is remembered -----------------------------------------------------------------------------------
+
+
+async def test_the_event_loop_does_not_wait_for_what_is_remembered(
+    arbitrated: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that is busy with a copy can take seconds, and heartbeats go on."""
+    node = Node(arbitrated, Found("backup"))
+    loop, busy, free = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    fsync = os.fsync
+
+    def slow(fd: int) -> None:
+        loop.call_soon_threadsafe(busy.set)
+        assert free.wait(10)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    work = asyncio.create_task(node._remember(7, "backup"))
+    await busy.wait()  # in the loop, which goes on
+    assert not work.done()
+    free.set()
+    await work
+    kept = Durable(arbitrated.node.state_folder).read()
+    assert kept == Memory(generation=7, role="backup", arbiter=node._arbiter)
+    node._report.flight.close()
+
+
+async def test_what_is_there_already_is_not_written_again(
+    arbitrated: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a session that goes on after a daemon was replaced does not wait for a disk."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    expected = 0
+    for generation, role, writes in ((3, "backup", True), (3, "backup", False), (4, "backup", True)):
+        node = Node(arbitrated, Found("backup"))
+        await node._remember(generation, cast(Role, role))
+        await node._remember(generation, cast(Role, role))
+        expected += 2 * writes  # the file, and its folder
+        assert len(synced) == expected
+        node._report.flight.close()
+    node._remember_at_once(4)
+    assert len(synced) == expected + 2
+    assert Durable(arbitrated.node.state_folder).read().role == "primary"
 
 
 # ---- a daemon that goes on with another's protection ------------------------------------------------------
