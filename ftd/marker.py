@@ -14,7 +14,8 @@ A disk that is not to be started from comes back as the target of a new copy: as
 runs the guest. Without a marker an image is what its operator says it is.
 
 The marker of the image DISK is DISK.ftd; that of a block device is in `[node] state_dir`, since /dev does not
-survive. It is written before what it warns of can happen, and taken back after that.
+survive. It is written before what it warns of can happen, and taken back after that. A copy becomes `alone`
+after a takeover, and first all that is in it is made durable: the guest believes that of what it has flushed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ftd.disk import Image
 from ftd.durable import load, replace
+from ftd.errors import HostError
 
 
 class Worth(StrEnum):
@@ -74,6 +77,24 @@ class Marker:
     def write(self, note: Note) -> None:
         """Replace the marker, and return when it would survive a power loss."""
         replace(self.path, note)
+
+    def make_durable(self) -> None:
+        """Have what a backup has written to the image survive a power loss, if it was one that wrote it last.
+
+        What QEMU writes for a guest it makes durable itself, when the guest wants that.
+        """
+        try:
+            note = self.read()
+        except HostError:
+            pass  # nobody knows
+        else:
+            if note is None or note.worth in (Worth.ALONE, Worth.REPLICATED):
+                return
+        image = Image(self.image.name, self.image)
+        try:
+            image.sync()
+        finally:
+            image.close()
 
     def refusal_to_start(self, settled: int = -1) -> str | None:
         """Return why no guest may be started from the image, or None if one may.
@@ -146,6 +167,12 @@ class Markers:
 
 
 def mark(markers: list[Marker], worth: Worth, generation: int, node: str) -> None:
-    """Write the same to all markers. Raises HostError."""
+    """Write the same to all markers. Raises HostError.
+
+    For `alone`, images that were copies are made durable before: that may take as long as a disk is busy.
+    """
+    if worth is Worth.ALONE:
+        for marker in markers:
+            marker.make_durable()
     for marker in markers:
         marker.write(Note(worth=worth, generation=generation, node=node))

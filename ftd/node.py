@@ -38,7 +38,7 @@ from ftd.errors import (
 )
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions
-from ftd.marker import Marker, Worth, mark
+from ftd.marker import Marker, Markers, Worth, mark
 from ftd.messages import HeartbeatSettings
 from ftd.metrics import Metrics
 from ftd.notify import Notifier
@@ -267,8 +267,15 @@ class Node:
                     outcome = await self._guard(options)
                     if isinstance(outcome, GuestEnded):
                         return 0
-                    await self._remember(outcome.generation)
-                    primary = self._primary_of(options, outcome.guest, outcome.generation, Standing.ALONE)
+                    # Nothing is awaited until it runs: a guest is nobody's in between.
+                    primary = self._primary_of(
+                        options,
+                        outcome.guest,
+                        outcome.generation,
+                        Standing.ALONE,
+                        markers=outcome.markers,
+                        told=outcome.told,
+                    )
                 elif start is Start.ATTACH:
                     self._assume_primary()
                     primary = await self._start_primary(options)
@@ -349,6 +356,8 @@ class Node:
         generation: int,
         standing: Standing,
         handed: Handed | None = None,
+        markers: Markers | None = None,
+        told: bool = True,
     ) -> Primary:
         return Primary(
             self._config,
@@ -361,6 +370,8 @@ class Node:
             partner=self._partner,
             remember=self._remember_at_once,
             handed=handed,
+            markers=markers,
+            told=told,
         )
 
     async def _lead(self, primary: Primary) -> None:

@@ -116,6 +116,7 @@ class Primary:
     standing: `alone` with authority that was won for this guest, `asking` for a guest that was found,
     `paired` with what a predecessor has handed on. remember: is told of every generation that this side wins.
     told: False if the guest was given to this side by a person, and the arbiter does not know.
+    markers: of the disks of a guest that was taken over; they are to be made durable, and marked as its own.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Primary:
         remember: Callable[[int], None],
         handed: Handed | None = None,
         told: bool = True,
+        markers: Markers | None = None,
     ) -> None:
         self._config = config
         self._report = report
@@ -162,7 +164,8 @@ class Primary:
         self._over = False  # the guest has ended: no more backups, and no more moves but to `stopped`
         self._shutdown: str | None = None  # QEMU's reason, once the guest is ending
         self._unsubscribe: list[Callable[[], None]] = []
-        self._markers = Markers([], config.node.name)  # of the guest's disks
+        self._took_over = markers is not None
+        self._markers = markers or Markers([], config.node.name)  # of the guest's disks
         self._unsubscribe.append(report.machine.listen(self._on_move))
 
     async def run(self) -> str:
@@ -181,6 +184,9 @@ class Primary:
             monitor.on("STOP", lambda _: self._set_running(False)),
             monitor.on("RESUME", lambda _: self._set_running(True)),
         ]
+        self._shutdown = self._guest.shutdown  # it may have ended in the moment in which it was taken over
+        if self._took_over:
+            self._mark_alone()
         ended = asyncio.ensure_future(self._until_ended())
         work = asyncio.ensure_future(self._prepare_and_protect())
         try:
@@ -533,8 +539,9 @@ class Primary:
         self._description = await MachineDescription.of(monitor)
         refuse_devices(self._description)
         disks = await guest_disks(monitor)
-        folder = self._config.node.state_folder
-        self._markers = Markers([Marker(disk.path, folder) for disk in disks], self._config.node.name)
+        if not self._took_over:
+            folder = self._config.node.state_folder
+            self._markers = Markers([Marker(disk.path, folder) for disk in disks], self._config.node.name)
         self._report.qemu = QemuStatus(
             pid=self._guest.pid,
             version=self._description.qemu_version,

@@ -32,7 +32,7 @@ from ftd.config import MIB, Config, Disk
 from ftd.disk import check_image
 from ftd.errors import HostError, QemuDied, QemuError, friendly
 from ftd.machine import refuse_arguments
-from ftd.monitor import Monitor
+from ftd.monitor import Event, Monitor
 
 log = logging.getLogger(__name__)
 
@@ -392,6 +392,9 @@ class QemuProcess:
         #: The files of guest memory, by the name of their RAM block.
         self.memory_files = dict(memory_files)
         self.attached = child is None
+        #: QEMU's reason for its end, as its event SHUTDOWN says it; None until then.
+        self.shutdown: str | None = None
+        monitor.on("SHUTDOWN", self._on_shutdown)
         self._child = child or _Child(pid, ours=False)
         for path in self.memory_files.values():
             if OWN_MEMORY_FILE.fullmatch(path.name):
@@ -470,6 +473,9 @@ class QemuProcess:
     def exit_status(self) -> int | None:
         """Exit code, or minus the signal that ended it; None while it runs and for an attached one."""
         return self._child.exit_status
+
+    def _on_shutdown(self, event: Event) -> None:
+        self.shutdown = str(event.get("data", {}).get("reason", "unknown"))
 
     async def wait(self) -> int | None:
         """Waits until the process is gone, and returns `exit_status`."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ftd import log, tap
 from ftd.config import Nic
-from ftd.errors import FtdError, HostError, TakeoverRefused, friendly
+from ftd.errors import FtdError, QemuError, TakeoverRefused, friendly
 from ftd.monitor import Monitor
 from ftd.shadow import Shadow
 
@@ -51,7 +51,8 @@ async def start_shadow(
     was for this takeover only. Returns when its vCPUs ran (monotonic seconds).
 
     All acknowledged frames must have been applied. Raises TakeoverRefused when the shadow may not be started,
-    before anything is touched, and QemuError when QEMU did not take it; it must not be used then.
+    before anything is touched, and QemuError when QEMU did not take it; it must not be used then. Once the
+    guest runs, nothing is raised any more.
     """
     refusal = shadow.takeover_refusal()
     if refusal is not None:
@@ -67,8 +68,6 @@ async def start_shadow(
     if resume or loaded["run-state"] == "running":
         await monitor.execute("cont")
     running = time.monotonic()
-    await connected
-    await monitor.execute("announce-self", **ANNOUNCE)
     _log.info(
         "shadow started",
         epoch=shadow.committed_epoch,
@@ -79,12 +78,18 @@ async def start_shadow(
         load_ms=round((filled - imaged) * 1000, 1),
         start_ms=round((running - filled) * 1000, 1),
     )
+    # It runs: nothing that goes wrong from here on takes that back.
+    await connected
+    try:
+        await monitor.execute("announce-self", **ANNOUNCE)
+    except QemuError as error:
+        _log.error("the guest runs, and its place is not announced", error=friendly(error))
     return running
 
 
 async def _connect(nics: Sequence[Nic]) -> None:
     try:
         await asyncio.to_thread(tap.switch, nics, up=True)
-    except HostError as error:
+    except Exception as error:
         # A guest that nobody reaches is still one that an operator can connect again.
         _log.error("the guest runs without its network", error=friendly(error))

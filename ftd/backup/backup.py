@@ -59,7 +59,10 @@ class Backup:
         self._handed = handed
 
     def on_generation(self, remember: Remember) -> None:
-        """Have it noted which part this node plays in a generation, before anything is acknowledged in it."""
+        """Have it noted which part this node plays in each generation.
+
+        That of a session, before anything is acknowledged in it; and the one in which it has taken over.
+        """
         self._standby.remember = remember
 
     def force(self) -> str:
@@ -95,8 +98,9 @@ class Backup:
 
         Raises HostError or QemuError if the shadow cannot be had.
 
-        Cancelled, it takes its leave of the primary and ends the shadow. Raises Succession when this daemon's
-        part is over since it is to be replaced: see `restart`.
+        Cancelled, it takes its leave of the primary and ends the shadow; one that was started is the guest,
+        and runs on. Raises Succession when this daemon's part is over since it is to be replaced: see
+        `restart`.
         """
         link = self._config.link
         listener = Listener(
@@ -113,27 +117,31 @@ class Backup:
         self._listener = listener
         qemu = await (self._start_qemu() if self._handed is None else self._adopt_qemu(self._handed[1]))
         try:
-            await listener.start()
-            while True:
-                outcome = await self._with_shadow(qemu)
-                if isinstance(outcome, TakenOver):
-                    return outcome
-                if isinstance(outcome, GuestEnded):
+            try:
+                await listener.start()
+                while True:
+                    outcome = await self._with_shadow(qemu)
+                    if isinstance(outcome, TakenOver):
+                        return outcome
+                    if isinstance(outcome, GuestEnded):
+                        await qemu.kill()
+                        return outcome
+                    # The shadow's QEMU has ended: protection needs a new one, the guest needs nothing.
+                    _log.error("the shadow's QEMU is lost", reason=outcome.reason)
+                    self._standby.description = None
                     await qemu.kill()
-                    return outcome
-                # The shadow's QEMU has ended: protection needs a new one, the guest needs nothing.
-                _log.error("the shadow's QEMU is lost", reason=outcome.reason)
-                self._standby.description = None
-                await qemu.kill()
-                qemu = await self._start_qemu()
-        except Succession as succession:
-            await (qemu.kill() if succession.handed is None else qemu.detach())
+                    qemu = await self._start_qemu()
+            finally:
+                await self._close_listener(listener)
+        except BaseException as error:
+            handed_on = isinstance(error, Succession) and error.handed is not None
+            await (qemu.detach() if handed_on or self._standby.runs_here else qemu.kill())
             raise
-        except BaseException:
-            await qemu.kill()
-            raise
-        finally:
+
+    async def _close_listener(self, listener: Listener) -> None:
+        try:
             await listener.close()
+        finally:
             while not self._standby.arrived.empty():
                 self._standby.arrived.get_nowait().abort("this side is no backup any more")
 
@@ -196,6 +204,8 @@ class Backup:
             vm.gone.cancel()
             shadow.close()
             copies.close()
+            if not standby.runs_here:
+                await vm.disks.markers.settle()  # whatever this node is next writes to them, too
 
     async def _with_session(self, vm: ShadowVm) -> TakenOver | GuestEnded | ShadowGone | Away | None:
         """Wait for the next session, and guard over it; or give up waiting for one that was agreed on."""

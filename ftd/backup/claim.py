@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from ftd import log
-from ftd.arbiter import Record
 from ftd.authority import Event, Standing
 from ftd.backup.judgement import Loss
 from ftd.backup.outcome import GuestEnded, ShadowGone, TakenOver
 from ftd.backup.standby import ShadowVm, Standby
 from ftd.errors import HostError, QemuDied, QemuError, TakeoverRefused, friendly
 from ftd.inquiry import Outcome
-from ftd.marker import Worth
 from ftd.state import PairState
 from ftd.takeover import LoadImage, start_shadow
 
 _log = log.get(__name__)
+
+T = TypeVar("T")
 
 # Between two questions to an arbiter that does not answer.
 ASK_AGAIN_SECONDS = 0.5
@@ -28,12 +30,18 @@ FIRST_SAY_SECONDS = 2.0
 
 
 async def take_over(
-    standby: Standby, vm: ShadowVm, loss: Loss, generation: int
+    standby: Standby,
+    vm: ShadowVm,
+    loss: Loss,
+    generation: int,
+    on_running: Callable[[int], None] | None = None,
 ) -> TakenOver | GuestEnded | ShadowGone | None:
-    """Start the shadow, if the arbiter grants it. generation: of the shadow.
+    """Start the shadow, if the arbiter grants it. generation: of the shadow. on_running: told of the one won.
 
     Returns None when that is refused, or when the primary is back first. Raises QemuDied if the guest was won
     and cannot be started.
+
+    Cancelled while the arbiter is asked, or after that, it is so only when the guest runs, or is not granted.
     """
     _log.warning(
         "the primary is lost",
@@ -50,54 +58,87 @@ async def take_over(
         if refusal is not None:
             _refuse(standby, refusal)
             return None
-        answer = await _claim(standby, vm, loss, generation)
-        if answer is None or isinstance(answer, ShadowGone):
-            return answer
-        if not answer.granted:
-            return _denied(standby, answer)
-        if answer.record is not None:
-            generation = answer.record.generation - 1
-        return await _start(standby, vm, image, loss, generation + 1)
+        return await _claim(standby, vm, image, loss, generation, on_running)
     finally:
         await image.close()
+
+
+async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Return what comes of it. Cancelled, raise that when the work is done, unless it has failed."""
+    task, cancelled = asyncio.ensure_future(work), False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    result = task.result()
+    if cancelled:
+        raise asyncio.CancelledError
+    return result
 
 
 # ---- asking -----------------------------------------------------------------------------------------------
 
 
-async def _claim(standby: Standby, vm: ShadowVm, loss: Loss, generation: int) -> Outcome | ShadowGone | None:
-    """Ask for the guest until the arbiter answers.
+async def _claim(
+    standby: Standby,
+    vm: ShadowVm,
+    image: LoadImage,
+    loss: Loss,
+    generation: int,
+    on_running: Callable[[int], None] | None,
+) -> TakenOver | GuestEnded | ShadowGone | None:
+    """Ask for the guest until the arbiter answers, and do what that means.
 
-    Returns its answer; None when the primary is back first; ShadowGone when there is nothing to start.
+    Returns None also when the primary is back first; ShadowGone when there is nothing to start.
     """
     lost, wait = f"the primary is lost ({loss.detail})", 0.0
     if loss.trigger == "link-cut":
         lost, wait = f"the link is lost ({loss.detail})", FIRST_SAY_SECONDS
     reason = "the primary lives, and may ask the arbiter first"
+
+    async def ask_and_start() -> TakenOver | Outcome:
+        """Return what it was if it was not granted."""
+        if standby.forced.done():
+            won, told = await _force(standby, generation)
+        else:
+            outcome = await standby.inquiry.takeover(generation)
+            standby.authority.on(outcome.event)
+            if not outcome.granted:
+                return outcome
+            won, told = outcome.record.generation if outcome.record is not None else generation + 1, True
+        taken_over = await _start(standby, vm, image, loss, won, told)
+        if on_running is not None:
+            on_running(won)
+        await standby.remember(won, "primary")
+        return taken_over
+
     while True:
         if wait:
             gone = await _hold(standby, vm, f"{lost}: {reason}", wait)
             if gone is not None or not standby.arrived.empty():
                 return gone
         wait = ASK_AGAIN_SECONDS
-        if standby.forced.done():
-            return await _force(standby, generation)
-        outcome = await standby.inquiry.takeover(generation)
-        standby.authority.on(outcome.event)
-        if outcome.event in (Event.GRANTED, Event.DENIED):
-            return outcome
-        reason = outcome.reason
+        # Whoever stops this daemon meanwhile stops no guest: if it is granted, nobody else will start it.
+        answer = await _to_the_end(ask_and_start())
+        if isinstance(answer, TakenOver):
+            return answer
+        if answer.event is Event.DENIED:
+            return _denied(standby, answer)
+        reason = answer.reason
 
 
-async def _force(standby: Standby, generation: int) -> Outcome:
-    """Take the guest whatever the arbiter says, as an operator wants it."""
+async def _force(standby: Standby, generation: int) -> tuple[int, bool]:
+    """Take the guest whatever the arbiter says, as an operator wants it.
+
+    Returns the generation, and whether the arbiter knows.
+    """
     outcome = await standby.inquiry.force(generation)
     standby.authority.on(Event.FORCED)
-    if outcome.granted:
-        return outcome
+    if outcome.granted and outcome.record is not None:
+        return outcome.record.generation, True
     _log.error("taken over by force, and the arbiter does not know", reason=outcome.reason)
-    record = Record(generation=generation + 1, owner=standby.config.node.name, state="solo")
-    return Outcome(Event.GRANTED, outcome.reason, record)
+    return generation + 1, False
 
 
 async def _hold(standby: Standby, vm: ShadowVm, why: str, seconds: float) -> ShadowGone | None:
@@ -139,8 +180,10 @@ def _refuse(standby: Standby, refusal: str) -> None:
     standby.report.machine.move(PairState.WAITING, f"the primary is lost, and takeover is refused: {refusal}")
 
 
-async def _start(standby: Standby, vm: ShadowVm, image: LoadImage, loss: Loss, generation: int) -> TakenOver:
-    """Start the shadow. generation: that was won."""
+async def _start(
+    standby: Standby, vm: ShadowVm, image: LoadImage, loss: Loss, generation: int, told: bool
+) -> TakenOver:
+    """Start the shadow. generation: that was won; told: whether the arbiter knows."""
     report, monitor = standby.report, vm.qemu.monitor
     epoch = vm.shadow.committed_epoch
     assert epoch is not None
@@ -160,20 +203,18 @@ async def _start(standby: Standby, vm: ShadowVm, image: LoadImage, loss: Loss, g
             f"this node has won the guest, and could not start it from epoch {epoch}: "
             f"{friendly(error)}; {remedy}"
         ) from None
+    standby.runs_here = True
     report.set_generation(generation)
     report.committed = epoch
-    status = await monitor.execute("query-status")
-    report.qemu = report.qemu.model_copy(update={"running": status["running"]})
+    with contextlib.suppress(QemuError):  # its end is the primary's to see
+        status = await monitor.execute("query-status")
+        report.qemu = report.qemu.model_copy(update={"running": status["running"]})
     detection = max(0.0, loss.decided - loss.heard)
     activation = running - loss.decided
     report.took_over(
         loss.trigger, epoch, detection=detection, activation=activation, total=detection + activation
     )
     report.machine.move(PairState.TAKEN_OVER, f"{loss.trigger}: {loss.detail}")
-    # It runs already, and these only matter after the next failure. In this order: from a disk that is
-    # marked so, a guest is started.
-    if vm.disks.markers and await vm.disks.make_durable():
-        await vm.disks.mark(Worth.ALONE, generation)
     _log.warning(
         "took over",
         epoch=epoch,
@@ -181,4 +222,4 @@ async def _start(standby: Standby, vm: ShadowVm, image: LoadImage, loss: Loss, g
         detection_ms=round(detection * 1000, 1),
         activation_ms=round(activation * 1000, 1),
     )
-    return TakenOver(vm.qemu, generation)
+    return TakenOver(vm.qemu, generation, vm.disks.markers, told)

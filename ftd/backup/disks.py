@@ -1,4 +1,7 @@
-"""The disks of a shadow: what they are worth, noted beside them, and that they survive a loss of power."""
+"""The disks of a shadow: what they are worth, noted beside them, and that they survive a loss of power.
+
+What happens to them after a takeover is the primary's: the guest writes to them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import asyncio
 from collections.abc import Callable
 
 from ftd import log
-from ftd.disk import Copies, Image
+from ftd.disk import Copies
 from ftd.errors import HostError, friendly
-from ftd.marker import Marker, Worth, mark
+from ftd.marker import Marker, Markers, Worth
 
 _log = log.get(__name__)
 
@@ -21,13 +24,12 @@ class Disks:
 
     def __init__(self, copies: Copies, markers: list[Marker], node: str) -> None:
         self.copies = copies
-        self.markers = markers
-        self._node = node
+        self.markers = Markers(markers, node)
 
     async def mark(self, worth: Worth, generation: int) -> bool:
         """Note what the disks here are worth. Returns whether that was possible."""
         try:
-            await asyncio.to_thread(mark, self.markers, worth, generation, self._node)
+            await self.markers.write(worth, generation)
         except HostError as error:
             _log.error("the disks are not marked", worth=worth, reason=friendly(error))
             return False
@@ -52,21 +54,3 @@ class Disks:
             except HostError as error:
                 on_failed(friendly(error), True)
                 return
-
-    async def make_durable(self) -> bool:
-        """Make the disks here survive a power loss, after a takeover. Returns whether that was possible."""
-
-        def sync() -> None:
-            for marker in self.markers:
-                image = Image(marker.image.name, marker.image)
-                try:
-                    image.sync()
-                finally:
-                    image.close()
-
-        try:
-            await asyncio.to_thread(sync)
-        except HostError as error:
-            _log.error("the disks are not durable yet", reason=friendly(error))
-            return False
-        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ftd import log
@@ -330,16 +331,18 @@ class Guard:
             await self._receiver.drain()
             self._wait_again("switchover: the last epoch was not applied")
             return None
-        outcome = await self._take_over(loss)
-        if isinstance(outcome, TakenOver) and self._session.lost is None:
-            with contextlib.suppress(FtdError):
-                await self._session.send(TookOver(generation=outcome.generation))
+        outcome = await self._take_over(loss, self._tell_primary)
+        if isinstance(outcome, TakenOver):
             await self._session.close("took over")
         return outcome
 
-    async def _take_over(self, loss: Loss) -> End:
+    def _tell_primary(self, generation: int) -> None:
+        with contextlib.suppress(FtdError):
+            self._session.send_nowait(TookOver(generation=generation))
+
+    async def _take_over(self, loss: Loss, on_running: Callable[[int], None] | None = None) -> End:
         self._keeper.cancel()
-        return await take_over(self._standby, self._vm, loss, self._generation)
+        return await take_over(self._standby, self._vm, loss, self._generation, on_running)
 
     def _wait_again(self, why: str) -> None:
         self._standby.spoiled()

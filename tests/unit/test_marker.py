@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ftd import durable
+from ftd.disk import Image
 from ftd.errors import HostError
 from ftd.marker import Marker, Markers, Note, Worth, mark
 
@@ -117,3 +118,46 @@ def test_a_marker_that_cannot_be_read_is_not_taken_for_none(marker: Marker) -> N
     marker.path.write_text("{}")
     with pytest.raises(HostError, match="is not the marker of a disk"):
         marker.refusal_to_start()
+
+
+@pytest.mark.parametrize(
+    ("before", "durable"),
+    [
+        (Worth.COPY, True),
+        (Worth.SYNCING, True),
+        ("{", True),  # nobody knows
+        (Worth.REPLICATED, False),
+        (Worth.ALONE, False),
+        (None, False),
+    ],
+)
+def test_what_a_backup_has_written_is_durable_before_a_guest_is_started_from_it(
+    marker: Marker, monkeypatch: pytest.MonkeyPatch, before: Worth | str | None, durable: bool
+) -> None:
+    """What QEMU has written for a guest is durable when the guest wants that."""
+    if isinstance(before, Worth):
+        mark([marker], before, 3, "host-b")
+    elif before is not None:
+        marker.path.write_text(before)
+    there = marker.path.read_bytes() if before is not None else None
+    synced: list[bytes | None] = []
+    monkeypatch.setattr(
+        Image, "sync", lambda _: synced.append(marker.path.read_bytes() if before is not None else None)
+    )
+    mark([marker], Worth.ALONE, 4, "host-b")
+    assert synced == ([there] if durable else [])  # while the marker said what it was
+    assert marker.read() == Note(worth=Worth.ALONE, generation=4, node="host-b")
+
+
+def test_a_copy_that_cannot_be_made_durable_is_not_marked_as_the_newest(
+    marker: Marker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark([marker], Worth.COPY, 3, "host-b")
+
+    def fails(_: Image) -> None:
+        raise HostError("disk disk.img: input/output error")
+
+    monkeypatch.setattr(Image, "sync", fails)
+    with pytest.raises(HostError, match="input/output error"):
+        mark([marker], Worth.ALONE, 4, "host-b")
+    assert marker.read() == Note(worth=Worth.COPY, generation=3, node="host-b")

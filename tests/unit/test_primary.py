@@ -229,7 +229,7 @@ class Guest(SimpleNamespace):
     """A QEMU that goes when it is told to."""
 
     def __init__(self) -> None:
-        super().__init__(monitor=Subscribed(), pid=1, gone=asyncio.Event())
+        super().__init__(monitor=Subscribed(), pid=1, gone=asyncio.Event(), shutdown=None)
 
     async def wait(self) -> None:
         await self.gone.wait()

@@ -183,8 +183,10 @@ async def test_kill(make_config, start):
 
 async def test_quit(make_config, start):
     qemu = await start(make_config())
+    assert qemu.shutdown is None
     await qemu.quit()
     assert qemu.exit_status == 0
+    assert qemu.shutdown == "host-qmp-quit"  # it was wanted: no failure
     assert not qemu.memory_file.exists()
 
 
