@@ -16,7 +16,7 @@ from ftd.backup.outcome import GuestEnded, ShadowGone, TakenOver
 from ftd.backup.standby import Remember, ShadowVm, Standby
 from ftd.config import Config
 from ftd.disk import Copies
-from ftd.errors import TakeoverRefused
+from ftd.errors import FtdError, TakeoverRefused
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions, Listener
 from ftd.machine import MachineDescription, guest_disks
@@ -84,10 +84,18 @@ class Backup:
         """Have `run` end with a Succession whose successor goes on with this shadow.
 
         Returns what is done; None if there is no shadow to go on with: the daemon is then to be stopped as
-        planned. What the primary says or suffers comes first.
+        planned. What the primary says or suffers comes first. Raises FtdError while there is a shadow without
+        a primary: it would be ended, and the guest may be lost with it.
         """
         grace, standby = self._config.node.restart_grace_ms, self._standby
-        if self._report.machine.state is not PairState.PROTECTED or standby.away is not None or not grace:
+        if standby.claimable and not standby.guarding:
+            machine = self._report.machine
+            raise FtdError(
+                "the daemon is not replaced now: the shadow here may be all that is left of the guest, and "
+                f"would be ended; this node is {machine.state} ({self._report.away or machine.reason}), try "
+                "again when that is settled"
+            )
+        if not standby.claimable or not grace:
             return None
         if not standby.leaving.done():
             standby.leaving.set_result(None)
@@ -227,3 +235,6 @@ class Backup:
             return await give_up_waiting(standby, vm, away)
         finally:
             standby.busy = False
+            if standby.leaving.done():
+                # It came too late, or nothing came of it; with it, no primary is admitted.
+                standby.leaving = asyncio.get_running_loop().create_future()

@@ -77,7 +77,11 @@ class Guard:
             self._vm.disks.keep(self._copied, self._generation, self._on_failed)
         )
         try:
-            await self._first_end()
+            self._standby.guarding = True
+            try:
+                await self._first_end()
+            finally:
+                self._standby.guarding = False
             return await self._follow_end()
         except BaseException:
             if session.lost is None:

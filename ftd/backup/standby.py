@@ -61,6 +61,7 @@ class Standby:
         self.markers: list[Marker] = []  # of its disks
         self.claimable = False  # the shadow could be started now
         self.busy = False  # with a session, or its end: no primary may come
+        self.guarding = False  # over a session, and nothing has ended it
         self.runs_here = False  # the shadow was started: it is the guest, and not to be ended any more
         self.arrived: asyncio.Queue[Session] = asyncio.Queue()
         self.arrival = asyncio.Event()  # something was put there

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -27,7 +28,7 @@ from ftd.backup.judgement import Loss
 from ftd.backup.standby import ShadowVm
 from ftd.config import load
 from ftd.disk import Copies
-from ftd.errors import HostError, QemuDied, QemuError, TakeoverRefused
+from ftd.errors import FtdError, HostError, QemuDied, QemuError, TakeoverRefused
 from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions
 from ftd.messages import HeartbeatSettings, Hello, Resume
@@ -251,4 +252,43 @@ async def test_when_the_time_is_over(
         backup._standby.arrived.put_nowait(object())  # type: ignore[arg-type]
         assert await work is None
         assert started == []
+    shadow.close()
+
+
+# ---- this daemon is to be replaced ------------------------------------------------------------------------
+
+
+async def test_a_daemon_is_replaced_over_a_session_or_when_there_is_nothing_to_lose(
+    make: Callable[[], Backup],
+) -> None:
+    backup = make()
+    standby = backup._standby
+    waits(backup, 60)  # for the primary's next daemon
+    with pytest.raises(FtdError, match=r"now: .*; this node is protected \(for this test\), try"):
+        backup.restart()
+    standby.away = None
+    backup._report.machine.move(PairState.HELD, "the primary is lost (nothing heard): no answer")
+    with pytest.raises(FtdError, match=r"this node is held \(the primary is lost \(nothing heard\)"):
+        backup.restart()
+    assert not standby.leaving.done()
+    standby.guarding = True
+    backup._report.peer_name = "the primary"
+    assert backup.restart() == "the primary is asked to wait up to 5 s for it"
+    assert standby.leaving.done()
+    standby.claimable = False  # it copies, or nobody has come
+    assert backup.restart() is None
+
+
+async def test_one_that_came_too_late_keeps_no_primary_away(
+    tmp_path: Path, make: Callable[[], Backup], shadow: Shadow
+) -> None:
+    arbiter = FileArbiter(tmp_path / "records", "web", timeout=5)
+    await arbiter.compare_and_set(None, Record(generation=GENERATION + 1, owner="a", state="solo"))
+    backup = make()
+    backup._listener = SimpleNamespace(forming=False)  # type: ignore[assignment]
+    backup._standby.leaving.set_result(None)
+    waits(backup, 0)
+    assert await backup._with_session(waiting_vm(shadow)) is None  # the claim is denied
+    assert backup._report.machine.state is PairState.WAITING
+    assert not backup._standby.leaving.done()
     shadow.close()

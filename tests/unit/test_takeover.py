@@ -27,7 +27,7 @@ from ftd.backup import backup as backup_module
 from ftd.config import Config, load
 from ftd.disk import Image
 from ftd.durable import Durable, Memory
-from ftd.errors import QemuDied, QemuError
+from ftd.errors import FtdError, QemuDied, QemuError
 from ftd.link import Listener
 from ftd.machine import GuestDisk, MachineDescription
 from ftd.marker import Marker, Worth, mark
@@ -381,4 +381,47 @@ async def test_one_that_is_killed_instead_is_lost(backup: Backup, monkeypatch: p
     backup.qmp.lost.set()
     gate.open()
     with pytest.raises(QemuDied, match="start the daemon again to have the guest boot"):
+        await task
+
+
+# ---- a daemon that is to be replaced meanwhile ------------------------------------------------------------
+
+
+async def upgrade(backup: Backup, monkeypatch: pytest.MonkeyPatch) -> str:
+    async def good() -> None: ...
+
+    monkeypatch.setattr("ftd.succession.check", good)
+    return await backup.node._upgrade()
+
+
+@pytest.mark.parametrize("stage", ["asked", "granted", "cont", "remembered"])
+async def test_a_daemon_is_not_replaced_while_it_takes_over(
+    backup: Backup, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    gate = stop_at(backup, stage, monkeypatch)
+    task = await backup.takes_over()
+    await gate.reached()
+    with pytest.raises(FtdError, match="the daemon is not replaced now: the shadow here may be all that is"):
+        await upgrade(backup, monkeypatch)
+    gate.open()
+    await backup.becomes(lambda: backup.node._primary is not None)
+    assert backup.lives
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_nor_while_it_is_held(backup: Backup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its primary is dead, and the arbiter out of reach: with the shadow, the guest would be gone."""
+    task = await backup.takes_over()
+    folder = backup.config.node.state_folder.with_name("records")
+    folder.rename(folder.with_name("away"))
+    await backup.becomes(lambda: backup.node._report.machine.state is PairState.HELD)
+    with pytest.raises(FtdError, match=r"would be ended; this node is held \(the primary is lost"):
+        await upgrade(backup, monkeypatch)
+    folder.with_name("away").rename(folder)
+    await backup.becomes(lambda: backup.node._primary is not None)
+    assert backup.lives
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
         await task
