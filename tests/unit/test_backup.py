@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -34,6 +35,7 @@ from ftd.link import LinkOptions
 from ftd.messages import HeartbeatSettings, Hello, Resume
 from ftd.metrics import Metrics
 from ftd.partner import Partner
+from ftd.qemu import QemuProcess
 from ftd.report import Report
 from ftd.shadow import Shadow
 from ftd.state import PairState
@@ -121,6 +123,37 @@ async def test_a_won_guest_that_cannot_be_started_ends_the_backup(
     record = await arbiter.read()
     assert record is not None
     assert (record.owner, record.generation) == ("b", GENERATION + 1)
+    shadow.close()
+
+
+async def test_a_primary_that_hands_over_hears_of_it_though_this_daemon_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Backup], shadow: Shadow
+) -> None:
+    """Without an arbiter it would let its guest run again."""
+    await record_names_b(tmp_path)
+    backup = make()
+    loading = asyncio.Event()
+
+    async def start(*_: Any, **__: Any) -> float:
+        loading.set()
+        await asyncio.sleep(0.01)
+        return time.monotonic()
+
+    class Qemu:
+        monitor = SimpleNamespace(execute=lambda _: asyncio.sleep(0, {"running": True}))
+
+    monkeypatch.setattr(ftd.backup.claim, "start_shadow", start)
+    vm = replace(waiting_vm(shadow), qemu=cast(QemuProcess, Qemu()))
+    now = time.monotonic()
+    told: list[int] = []
+    loss = Loss("switchover", "asked for", now, now, resume=True)
+    work = asyncio.ensure_future(take_over(backup._standby, vm, loss, GENERATION, told.append))
+    await loading.wait()
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert told == [GENERATION + 1]
+    assert backup._standby.runs_here
     shadow.close()
 
 
