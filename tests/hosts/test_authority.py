@@ -234,6 +234,9 @@ async def test_takeover_by_force_needs_the_word_and_goes_past_a_dead_arbiter(pai
     pair.kill_primary_host()
     await pair.backup.wait_state("held", 20)
     assert (await post(pair.backup, "takeover"))["code"] == 409
+    # With its shadow, the guest would be gone.
+    refused = await post(pair.backup, "upgrade")
+    assert (refused["code"], "the daemon is not replaced now" in str(refused)) == (409, True)
     assert await free_guests(pair) == []
     assert (await post(pair.backup, "takeover", '{"force": true}'))["code"] == 200
     status = await pair.backup.wait_takeover()
