@@ -14,8 +14,9 @@ A disk that is not to be started from comes back as the target of a new copy: as
 runs the guest. Without a marker an image is what its operator says it is.
 
 The marker of the image DISK is DISK.ftd; that of a block device is in `[node] state_dir`, since /dev does not
-survive. It is written before what it warns of can happen, and taken back after that. A copy becomes `alone`
-after a takeover, and first all that is in it is made durable: the guest believes that of what it has flushed.
+survive. It is written before what it warns of can happen, and taken back after that. After a takeover a copy
+is the guest's disk, and before that is noted all that is in it is made durable: the guest believes that of
+what it has flushed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Worth(StrEnum):
     REPLICATED = "replicated"
     SYNCING = "syncing"
     COPY = "copy"
+
+
+GUESTS = (Worth.ALONE, Worth.REPLICATED)
+"""That a guest writes to the image, or has."""
 
 
 class Note(BaseModel):
@@ -88,7 +93,7 @@ class Marker:
         except HostError:
             pass  # nobody knows
         else:
-            if note is None or note.worth in (Worth.ALONE, Worth.REPLICATED):
+            if note is None or note.worth in GUESTS:
                 return
         image = Image(self.image.name, self.image)
         try:
@@ -169,9 +174,10 @@ class Markers:
 def mark(markers: list[Marker], worth: Worth, generation: int, node: str) -> None:
     """Write the same to all markers. Raises HostError.
 
-    For `alone`, images that were copies are made durable before: that may take as long as a disk is busy.
+    If they are the guest's from now on, images that were copies are made durable before: that may take as
+    long as a disk is busy.
     """
-    if worth is Worth.ALONE:
+    if worth in GUESTS:
         for marker in markers:
             marker.make_durable()
     for marker in markers:

@@ -120,6 +120,7 @@ def test_a_marker_that_cannot_be_read_is_not_taken_for_none(marker: Marker) -> N
         marker.refusal_to_start()
 
 
+@pytest.mark.parametrize("after", [Worth.ALONE, Worth.REPLICATED])
 @pytest.mark.parametrize(
     ("before", "durable"),
     [
@@ -132,7 +133,7 @@ def test_a_marker_that_cannot_be_read_is_not_taken_for_none(marker: Marker) -> N
     ],
 )
 def test_what_a_backup_has_written_is_durable_before_a_guest_is_started_from_it(
-    marker: Marker, monkeypatch: pytest.MonkeyPatch, before: Worth | str | None, durable: bool
+    marker: Marker, monkeypatch: pytest.MonkeyPatch, before: Worth | str | None, durable: bool, after: Worth
 ) -> None:
     """What QEMU has written for a guest is durable when the guest wants that."""
     if isinstance(before, Worth):
@@ -144,9 +145,9 @@ def test_what_a_backup_has_written_is_durable_before_a_guest_is_started_from_it(
     monkeypatch.setattr(
         Image, "sync", lambda _: synced.append(marker.path.read_bytes() if before is not None else None)
     )
-    mark([marker], Worth.ALONE, 4, "host-b")
+    mark([marker], after, 4, "host-b")
     assert synced == ([there] if durable else [])  # while the marker said what it was
-    assert marker.read() == Note(worth=Worth.ALONE, generation=4, node="host-b")
+    assert marker.read() == Note(worth=after, generation=4, node="host-b")
 
 
 def test_a_copy_that_cannot_be_made_durable_is_not_marked_as_the_newest(
