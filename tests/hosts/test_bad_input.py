@@ -289,7 +289,9 @@ async def test_a_device_that_was_plugged_in_while_nothing_protected_the_guest(ma
     async with await Monitor.connect(pair.primary.run_dir / "operator.sock") as operator:
         await operator.execute("device_add", **device)
         await pair.backup.start()
-        await wait_log(pair.primary, r"no backup: .* device id late: absent here, virtio-balloon-pci on the peer")
+        await wait_log(
+            pair.primary, r"no backup: .* device id late: absent here, virtio-balloon-pci on the peer"
+        )
         assert (await pair.primary.status())["state"] == "solo"
 
 
