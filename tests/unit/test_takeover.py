@@ -384,6 +384,28 @@ async def test_one_that_is_killed_instead_is_lost(backup: Backup, monkeypatch: p
         await task
 
 
+async def test_an_arbiter_that_was_gone_hears_that_a_person_gave_the_guest_to_this_node(
+    backup: Backup,
+) -> None:
+    task = await backup.takes_over()
+    folder = backup.config.node.state_folder.with_name("records")
+    folder.rename(folder.with_name("away"))
+    await backup.becomes(lambda: backup.node._report.machine.state is PairState.HELD)
+    await backup.node.control("takeover", {"force": True})
+    await backup.becomes(lambda: "arbiter_not_told" in backup.node._report.warning_names)
+    assert "cont" in backup.qmp.said
+    folder.with_name("away").rename(folder)
+    await backup.becomes(lambda: "arbiter_not_told" not in backup.node._report.warning_names)
+    record = await backup.arbiter.read()
+    assert record is not None
+    assert (record.owner, record.state) == ("b", "solo")
+    assert record.generation == backup.node._report.status().generation > GENERATION
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert backup.lives
+
+
 # ---- a daemon that is to be replaced meanwhile ------------------------------------------------------------
 
 
