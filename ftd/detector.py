@@ -16,6 +16,9 @@ never gives the verdict `silent` by itself, since what the peer sent meanwhile m
 read: the tick after it does. A peer that is really dead is found all the same, if this host is slow: later,
 as every tick counts for something.
 
+A side that did not look for longer than the limit was silent itself meanwhile, so the peer may have given it
+up. `stood_still_since` says that, also after the next ticks: what came in the meantime is read after them.
+
 Being wrong here costs an attempt to take over, never safety: who may run the guest is decided by the arbiter.
 """
 
@@ -49,6 +52,8 @@ class HeartbeatDetector:
         self._last_tick_ns = now_ns
         self._silence_ns = 0
         self._late = False
+        # The last time that nobody looked for longer than the limit: for how long, and until when.
+        self._still_ns = self._woke_ns = 0
 
     def heard(self, now_ns: int) -> None:
         """Note a sign of life."""
@@ -62,6 +67,8 @@ class HeartbeatDetector:
         """Count the time since the last tick and give the verdict."""
         since = now_ns - self._last_tick_ns
         self.lateness_ns = max(0, since - self.period_ns)
+        if since > self.limit_ns:
+            self._still_ns, self._woke_ns = since, now_ns
         late_before, self._late = self._late, self.lateness_ns > self.tolerance_ns
         silent_since = now_ns - max(self._last_tick_ns, self.last_heard_ns)
         # A tick within the tolerance counts in full; otherwise small delays would add up to a longer limit.
@@ -79,6 +86,15 @@ class HeartbeatDetector:
     def stood_still_ns(self, now_ns: int) -> int:
         """How long this side itself has not looked, beyond what is usual, as of now."""
         return max(0, now_ns - self._last_tick_ns - self.period_ns)
+
+    def stood_still_since(self, moment_ns: int, now_ns: int) -> int:
+        """For how long nobody looked, in one stretch that ended after a moment or lasts; 0 if for no longer
+        than the limit.
+        """
+        lasting = now_ns - self._last_tick_ns
+        if lasting > self.limit_ns:
+            return lasting
+        return self._still_ns if self._woke_ns > moment_ns else 0
 
     @property
     def silence_ns(self) -> int:

@@ -260,10 +260,13 @@ class Session:
         """What the detector thinks of the peer."""
         return self._pulse.detector.verdict
 
-    @property
-    def stood_still(self) -> float:
-        """Seconds for which this side itself has not run, beyond what is usual: frozen, or starved."""
-        return self._pulse.detector.stood_still_ns(self._clock()) / 1e9
+    def stood_still_since(self, moment_ns: int) -> float:
+        """Seconds for which this side itself did not run, frozen or starved; 0 if the peer may have borne it.
+
+        That is one stretch which ended after a moment (of the session's clock) or lasts, and which was longer
+        than a silent peer is waited for. What arrived meanwhile may come from a peer that has given up since.
+        """
+        return self._pulse.detector.stood_still_since(moment_ns, self._clock()) / 1e9
 
     def paths(self) -> list[PathState]:
         """How the paths are on which the peer is heard: the link first, then the further ones."""

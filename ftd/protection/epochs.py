@@ -34,10 +34,15 @@ ACCOUNT_AFTER = 0.002
 
 @dataclass
 class _InFlight:
-    """A frame that was gathered and is not acknowledged: its bytes, and when the guest ran again."""
+    """A frame that was gathered and is not acknowledged.
+
+    size: its bytes; resumed: when the guest ran again, seconds; handed_over: when its last part was to be
+    sent, monotonic ns.
+    """
 
     size: int
     resumed: float
+    handed_over: int
 
 
 @dataclass
@@ -242,8 +247,7 @@ class Epochs:
                 self._last_parts = parts
                 self._last_size = size + (early.size if early else 0) + self.backlog
                 self.backlog = 0
-                self.in_flight[epoch] = _InFlight(self._last_size, resumed)
-                self._account_in_flight()
+                self.hand_over(epoch, self._last_size, resumed)
             self._gathering.send(slot)
             if part["complete"]:
                 break
@@ -263,6 +267,11 @@ class Epochs:
         self._report.begin_epoch(epoch + 1)
         self._session.set_beat(self._report.machine.state.value, self._report.committed)
         return resumed, pause["total-ns"] / 1e9
+
+    def hand_over(self, epoch: int, size: int, resumed: float) -> None:
+        """The last part of a frame is about to be sent: from now on it may be acknowledged."""
+        self.in_flight[epoch] = _InFlight(size, resumed, time.monotonic_ns())
+        self._account_in_flight()
 
     def _keep_account(
         self, pause: Mapping[str, int], output: Mapping[str, Any], pages: int, hot: int, size: int
@@ -286,9 +295,10 @@ class Epochs:
                 resync=True,
                 aborted="invalid",
             )
-        # A side that stood still may have been deposed meanwhile, and asks before it says another word.
-        still = self._session.stood_still
-        if still * 1000 > self._session.heartbeat.limit_ms:
+        # A side that stood still may have been deposed meanwhile, and asks before it says another word. If it
+        # did before it handed the frame over, the backup has answered since.
+        still = self._session.stood_still_since(frame.handed_over)
+        if still:
             raise ProtectionLost(
                 f"this side itself stood still for {still:.2f} s: the backup may have taken over",
                 resync=False,

@@ -71,6 +71,24 @@ def test_a_late_tick_does_not_accuse_the_peer():
     assert play([("heard", 10_026), *ticks(10_050, 10_100)], watched=watched) == [ALIVE, ALIVE, ALIVE]
 
 
+def test_standing_still_for_longer_than_the_limit_is_remembered_with_its_end():
+    watched = detector()
+    play([("tick", 25), ("tick", 426), *ticks(450, 600)], watched=watched)
+    # It counts for what was begun before it ended, however many ticks came since.
+    assert watched.stood_still_since(20 * MS, 601 * MS) == 401 * MS
+    assert watched.stood_still_since(425 * MS, 601 * MS) == 401 * MS
+    assert watched.stood_still_since(426 * MS, 601 * MS) == 0
+    # Nobody looks now, and the tick is still to come.
+    assert watched.stood_still_since(600 * MS, 901 * MS) == 301 * MS
+    assert watched.stood_still_since(600 * MS, 900 * MS) == 0
+
+
+def test_standing_still_within_the_limit_is_not():
+    watched = detector()
+    play([("tick", 25), ("tick", 325), ("tick", 350)], watched=watched)
+    assert watched.stood_still_since(0, 360 * MS) == 0
+
+
 def test_a_peer_that_died_while_we_stood_still_is_found():
     watched = detector()
     verdicts = play([("tick", 25), *ticks(10_025, 10_275)], watched=watched)
