@@ -236,6 +236,7 @@ class DiskChecks:
         self._written: list[set[int]] = [set() for _ in images]  # chunks, since the last look at them
         self._wanted = asyncio.Event()
         self._asked: list[asyncio.Future[DiskVerifyResult]] = []
+        self._closed: Exception | None = None  # why nothing is compared any more
 
     def on_slot(self, epoch: int, slot: Bytes) -> None:
         """Has to be told of every slot with a journal in it."""
@@ -256,7 +257,9 @@ class DiskChecks:
             self._wanted.set()
 
     async def whole(self) -> DiskVerifyResult:
-        """Compare all of the disks. Raises ProtectionLost if protection ends first."""
+        """Compare all of the disks. Raises what `close` is told, if that comes first or came before."""
+        if self._closed is not None:
+            raise self._closed
         result: asyncio.Future[DiskVerifyResult] = asyncio.get_running_loop().create_future()
         self._asked.append(result)
         self._wanted.set()
@@ -292,7 +295,8 @@ class DiskChecks:
             await self._on_result(result)
 
     def close(self, error: Exception) -> None:
-        """Tell whoever waits that nothing comes any more."""
+        """Tell whoever waits, or asks from now on, that nothing comes any more."""
+        self._closed = error
         _fail(self._asked, error)
 
 

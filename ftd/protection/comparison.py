@@ -42,6 +42,7 @@ class Comparison:
         self._next = False  # at the next checkpoint
         self._waiting: dict[int, asyncio.Future[VerifyReport]] = {}  # by epoch; -1: the next one's
         self._disks: DiskChecks | None = None
+        self._closed = False
         self._group: asyncio.TaskGroup | None = None
         self._wait_committed: Callable[[int], Awaitable[None]] | None = None
 
@@ -57,6 +58,8 @@ class Comparison:
 
         Raises LinkLost or ProtectionLost if protection ends first, HostError if a disk cannot be read.
         """
+        if self._closed:  # the session's goodbye takes its time, and nobody would answer any more
+            raise _ended_first()
         self._next = True
         result: asyncio.Future[VerifyReport] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(-1, result)
@@ -143,11 +146,16 @@ class Comparison:
             )
 
     def close(self) -> None:
-        """Protection has ended: whoever waits is told."""
-        ended = ProtectionLost("protection ended first", resync=False, aborted="link")
+        """Protection has ended: whoever waits, or comes after this, is told."""
+        self._closed = True
+        ended = _ended_first()
         for result in self._waiting.values():
             if not result.done():
                 result.set_exception(ended)
                 result.exception()  # somebody may have stopped waiting
         if self._disks is not None:
             self._disks.close(ended)
+
+
+def _ended_first() -> ProtectionLost:
+    return ProtectionLost("protection ended first", resync=False, aborted="link")

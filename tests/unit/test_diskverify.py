@@ -212,6 +212,8 @@ async def test_what_was_written_since_the_last_time_is_compared_and_all_of_it_wh
             checks.close(LinkError("gone"))
             with pytest.raises(LinkError, match="gone"):
                 await waiting
+            with pytest.raises(LinkError, match="gone"):
+                await checks.whole()
     finally:
         running.cancel()
         guest.cancel()
