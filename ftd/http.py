@@ -29,6 +29,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ftd import log
+from ftd.config.fields import HostOrNone
 from ftd.errors import FtdError, HostError, friendly
 from ftd.metrics import CONTENT_TYPE, Metrics
 from ftd.status import Failure, Health, StatusSource, why_not_ready
@@ -156,6 +157,8 @@ class _Api:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "the body"
+            if first["type"] == "value_error":
+                return _failure(400, f"{where}: {first['ctx']['error']}")
             return _failure(400, f"{where}: {first['msg']}; give a JSON object such as {{}}")
         if action == "protect" and not arguments.host:
             return _failure(400, 'host: is missing; give the address of the new backup: {"host": "10.0.0.3"}')
@@ -180,7 +183,7 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    host: str = Field(default="", max_length=255, pattern=r"^[\w.:-]*$")
+    host: HostOrNone = ""
     port: int | None = Field(default=None, ge=1, le=65535)
     force: bool = False
 

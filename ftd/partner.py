@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ftd import log
 from ftd.config import Config
+from ftd.config.fields import a_host
 from ftd.config.paths import same_address
 from ftd.durable import load, replace
-from ftd.errors import HostError, friendly
+from ftd.errors import FtdError, HostError, friendly
 
 _log = log.get(__name__)
 
@@ -53,6 +54,15 @@ class Partner:
         choice = load(self.path, Choice, not_one)
         if choice is None:
             return None
+        try:
+            a_host(choice.host)
+        except ValueError as error:
+            _log.warning(
+                f"the peer is that of the configuration: the one in {self.path} {error}",
+                peer=self._link.peer,
+                chosen=choice.host,
+            )
+            return None
         if choice.instead_of != self._link.peer:
             _log.warning(
                 "the peer is that of the configuration, which was changed since `ftd protect`",
@@ -70,7 +80,14 @@ class Partner:
         return Address(self._choice.host, self._choice.port, self._choice.host, chosen=True)
 
     def choose(self, host: str, port: int | None) -> str:
-        """Have another node from now on; returns in words what was noted. Raises HostError."""
+        """Have another node from now on; returns in words what was noted.
+
+        Raises HostError if that cannot be kept, FtdError if it is no host.
+        """
+        try:
+            a_host(host)
+        except ValueError as error:
+            raise FtdError(f"{host}: {error}") from None
         wanted = port or self._link.port
         if same_address(host, self._link.peer) and wanted == self._link.port:
             try:

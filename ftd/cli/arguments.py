@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ftd.cli.asking import DEFAULT_URL
+from ftd.config.fields import a_host
 
 
 def positive(text: str) -> float:
@@ -26,9 +27,9 @@ def host_and_port(text: str) -> tuple[str, int | None]:
     if not colon or (":" in host and not text.startswith("[")):
         host, port = text, ""
     host = host.strip("[]")
-    if not host or (colon and port and not 1 <= int(port) <= 65535):
+    if colon and port and not 1 <= int(port) <= 65535:
         raise ValueError(text)
-    return host, int(port) if port else None
+    return a_host(host), int(port) if port else None
 
 
 host_and_port.__name__ = "address (such as 10.0.0.3 or 10.0.0.3:7788)"

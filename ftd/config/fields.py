@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +25,34 @@ def _from_the_files_folder(path: Path, info: ValidationInfo) -> Path:
     return path if base is None else Path(base) / path
 
 
+NO_HOST = "is neither an address nor a name of a host, such as 10.0.0.3"
+
+_NAME = re.compile(r"(?!.{254})([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?")
+
+
+def a_host(text: str) -> str:
+    """Return the text if it can be looked up: an IP address, or a name by the rules of DNS.
+
+    Raises ValueError, with NO_HOST. What is all numbers and no whole address is a typing error.
+    """
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        try:
+            name = text.encode("idna").decode()  # as the resolver's caller does
+        except UnicodeError:
+            name = ""
+        if not _NAME.fullmatch(name) or name.rstrip(".").rpartition(".")[2].isdigit():
+            raise ValueError(NO_HOST) from None
+    return text
+
+
 # A path; a relative one starts at the folder of the configuration file, whatever the daemon's own folder is.
 ConfigPath = Annotated[Path, Strict(False), AfterValidator(_from_the_files_folder)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Host = Annotated[NonEmpty, AfterValidator(a_host)]
+HostOrNone = Annotated[str, AfterValidator(lambda text: a_host(text) if text else text)]  # "": none is given
 
 
 class Section(BaseModel):

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ftd.config.fields import ConfigPath, NonEmpty, Port, Section, SettingError, another_port
+from ftd.config.fields import ConfigPath, Host, HostOrNone, Port, Section, SettingError, another_port
 
 
 class Node(Section):
@@ -56,8 +56,8 @@ class Node(Section):
 class Link(Section):
     """How the two nodes reach each other."""
 
-    listen: NonEmpty = Field(description="Address of this node on the link between the two. Required.")
-    peer: NonEmpty = Field(description="Address of the other node on that link. Required.")
+    listen: Host = Field(description="Address of this node on the link between the two. Required.")
+    peer: Host = Field(description="Address of the other node on that link. Required.")
     port: Port = Field(
         default=7788,
         description="TCP port of frames and control messages: the backup listens on it, the primary connects "
@@ -80,7 +80,7 @@ class Link(Section):
         description="Certificate of the authority that must have signed the peer's, a PEM file. "
         "Needed unless insecure.",
     )
-    peer_name: str = Field(
+    peer_name: HostOrNone = Field(
         default="",
         description="Name that the peer's certificate must carry. Default: the address in `peer`.",
     )
@@ -241,7 +241,7 @@ class Arbiter(Section):
 class Http(Section):
     """Metrics, health and status over HTTP. Anybody who reaches it can read them."""
 
-    listen: NonEmpty = Field(
+    listen: Host = Field(
         default="127.0.0.1", description="Address on which to answer. Default: 127.0.0.1, this machine only."
     )
     port: Port = Field(default=9105, description="TCP port. Default: 9105.")

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ftd.config.fields import NonEmpty, Section, SettingError
+from ftd.config.fields import Host, Section, SettingError
 
 # A pair that notices the death of its other half later than this is not what people mean by fault tolerance,
 # and TCP connections of the guest's clients begin to give up.
@@ -25,8 +25,8 @@ class HeartbeatPath(Section):
         description="Name of the path, the same on both nodes: lower-case letters, digits and dashes. "
         "Becomes a label of metrics. Required.",
     )
-    listen: NonEmpty = Field(description="Address of this node on the path. Required.")
-    peer: NonEmpty = Field(description="Address of the other node on the path. Required.")
+    listen: Host = Field(description="Address of this node on the path. Required.")
+    peer: Host = Field(description="Address of the other node on the path. Required.")
 
 
 class Heartbeat(Section):

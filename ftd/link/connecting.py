@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ftd.channel import Channel, FrameChannel, tune
+from ftd.config.fields import NO_HOST
 from ftd.errors import LinkError, PeerError
 from ftd.link.handshake import frame_channel, introduce
 from ftd.link.options import LinkOptions
@@ -114,6 +115,9 @@ async def _open(options: LinkOptions, connection: Connection, host: str, port: i
             sock.bind((source, 0))
         await loop.sock_connect(sock, address)
         return Channel(sock, connection, where)
+    except UnicodeError:
+        # Before anybody is asked about a name, it is brought into the form that DNS knows.
+        raise LinkError(f"peer {host}: {NO_HOST}") from None
     except socket.gaierror as error:
         raise LinkError(f"peer {host}: {(error.strerror or str(error)).lower()}; give its address") from None
     except OSError as error:

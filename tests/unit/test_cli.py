@@ -287,6 +287,13 @@ def test_what_an_operator_asks_for(node: FakeNode, url: str, words: list[str], a
         assert (node.asked[0][1]["host"], node.asked[0][1]["port"]) == ("10.0.0.3", 7799)
 
 
+def test_what_cannot_be_a_host_is_refused_before_anybody_is_asked(node: FakeNode, url: str) -> None:
+    result = ftd("protect", "--peer", "10.0.0..3", "--url", url)
+    assert result.returncode == 2
+    assert "invalid address (such as 10.0.0.3 or 10.0.0.3:7788) value: '10.0.0..3'" in result.stderr
+    assert node.asked == []
+
+
 def test_status_shows_the_paths_when_there_are_several(node: FakeNode, url: str) -> None:
     paths = [
         PathStatus(name="link", address="10.0.0.2", up=True, heartbeat_age=0.01),

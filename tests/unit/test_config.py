@@ -8,6 +8,7 @@ import pytest
 from unit import sample
 
 from ftd.config import Config, Disk, Nic, check_files, load
+from ftd.config.fields import a_host
 from ftd.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "configs"
@@ -304,6 +305,27 @@ def test_syntax_error_at_the_end_of_the_file(write):
             '[link] listen = "": is empty; it is: address of this node on the link between the two',
         ),
         (
+            changed('listen = "10.0.0.1"', 'listen = "10.0.0..1"'),
+            '[link] listen = "10.0.0..1": is neither an address nor a name of a host, such as 10.0.0.3',
+        ),
+        (
+            changed('peer = "10.0.0.2"', 'peer = "10.0.0.2:7788"'),
+            '[link] peer = "10.0.0.2:7788": is neither an address nor a name of a host, such as 10.0.0.3',
+        ),
+        (
+            changed("insecure = true", 'insecure = true\npeer_name = "web..b"'),
+            '[link] peer_name = "web..b": is neither an address nor a name of a host, such as 10.0.0.3',
+        ),
+        (
+            MINIMAL + '[http]\nlisten = "10.0.0.300"\n',
+            '[http] listen = "10.0.0.300": is neither an address nor a name of a host, such as 10.0.0.3',
+        ),
+        (
+            MINIMAL + '[[heartbeat.path]]\nname = "side"\nlisten = "10.1.0.1"\npeer = "10.1..2"\n',
+            '[[heartbeat.path]] number 1, peer = "10.1..2": is neither an address nor a name of a host, '
+            "such as 10.0.0.3",
+        ),
+        (
             changed("insecure = true", ""),
             "[link] certificate: is missing; give a PEM file, "
             "or set insecure = true on a link that nobody else can reach",
@@ -402,6 +424,23 @@ def test_syntax_error_at_the_end_of_the_file(write):
 )
 def test_mistake(write, text, expected):
     assert expected in problems(write(text))
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["10.0.0.3", "fd00::3", "fe80::1%eth0", "::ffff:10.0.0.3", "web-b", "b_1.example.", "bücher.example"],
+)
+def test_addresses_and_names_are_hosts(host):
+    assert a_host(host) == host
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", ".", "10.0.0..3", "10.0.0.300", "10.3", "1:2", "a b", "a/b", "a\0b", "\ud800", "x" * 64, "ab." * 85],
+)
+def test_other_words_are_not(host):
+    with pytest.raises(ValueError, match="is neither an address nor a name of a host"):
+        a_host(host)
 
 
 def test_all_mistakes_are_told_at_once(write):

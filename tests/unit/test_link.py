@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 import subprocess
@@ -923,6 +924,14 @@ async def test_nobody_there(options):
         port = other.getsockname()[1]
     with pytest.raises(LinkError, match=f"127.0.0.1:{port}: connection refused; is ftd running there"):
         await connect(options, hello(), host=HOST, port=port, heartbeat_port=port)
+
+
+@pytest.mark.parametrize("host", ["10.0.0..3", "x" * 64 + ".example"])
+async def test_what_cannot_be_a_host_is_named(options, host):
+    with pytest.raises(
+        LinkError, match=rf"^peer {re.escape(host)}: is neither an address nor a name of a host"
+    ):
+        await connect(options, hello(), host=host, port=1, heartbeat_port=2)
 
 
 async def test_somebody_there_who_does_not_answer(options):

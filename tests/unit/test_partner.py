@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from ftd import log
 from ftd.config import Config
-from ftd.errors import HostError
+from ftd.errors import FtdError, HostError
 from ftd.metrics import Metrics
 from ftd.partner import Address, Partner
 from ftd.report import Report
@@ -57,6 +58,27 @@ def test_a_file_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "peer.json").write_text(text)
     with pytest.raises(HostError, match=r"peer.json: is no choice of `ftd protect`; remove it"):
         Partner(config(tmp_path))
+
+
+def test_what_cannot_be_a_host_is_not_chosen(tmp_path):
+    partner = Partner(config(tmp_path))
+    with pytest.raises(
+        FtdError, match=r"^10\.0\.0\.\.3: is neither an address nor a name of a host, such as"
+    ):
+        partner.choose("10.0.0..3", None)
+    assert not partner.address.chosen
+    assert not partner.path.exists()
+
+
+def test_a_choice_of_an_earlier_version_that_cannot_be_a_host_is_none(tmp_path, caplog):
+    chosen = {"host": "10.0.0..3", "port": 7788, "instead_of": "10.0.0.2"}
+    (tmp_path / "peer.json").write_text(json.dumps(chosen))
+    partner = Partner(config(tmp_path))
+    assert partner.address == Address("10.0.0.2", 7788, "web-b")
+    assert partner.in_words() is None
+    [line] = caplog.records
+    assert line.levelname == "WARNING"
+    assert "10.0.0..3" in log.Formatter(journal=False, tracebacks=False).format(line)
 
 
 def test_a_choice_that_cannot_be_kept_is_none(tmp_path):
