@@ -209,7 +209,7 @@ class Metrics:
         self.epoch_stretch = self._gauge(
             "ftd_epoch_stretch_ratio",
             "Length of the epochs now against the one aimed at: 1 when they keep to it, more when the "
-            "link or the backup is slower than the guest dirties its memory.",
+            "link or the backup is slower than the guest dirties its memory. 1 without protection, too.",
         )
         self.epochs_stretched = self._counter(
             "ftd_epochs_stretched_total",
@@ -218,12 +218,13 @@ class Metrics:
         )
         self.epoch_slowdown = self._gauge(
             "ftd_epoch_slowdown_ratio",
-            "Share of its time that the guest spent in pauses during the last few epochs; NaN before.",
+            "Share of its time that the guest spent in pauses during the last few epochs; NaN before, and "
+            "without protection.",
         )
         self.epoch_added_latency = self._gauge(
             "ftd_epoch_added_latency_seconds",
             "From the beginning of an epoch until its commit, as most of the last few epochs kept to it: the "
-            "longest that output waited because of protection; NaN before.",
+            "longest that output waited because of protection; NaN before, and without protection.",
         )
 
         # Speculative transfer
@@ -270,7 +271,9 @@ class Metrics:
             "ftd_heartbeat_age_seconds", "Time since the peer was last heard; NaN without a peer."
         )
         self.heartbeats_missed = self._counter(
-            "ftd_heartbeats_missed_total", "Heartbeats that did not come within their interval."
+            "ftd_heartbeats_missed_total",
+            "Times that nothing was heard of the peer for one and a half intervals of heartbeats: one was "
+            "late or lost. After [heartbeat] misses of them in a row the peer counts as lost.",
         )
 
         # The link is there always; set_paths() adds those of the configuration.
@@ -289,7 +292,8 @@ class Metrics:
         # First copy
         self.sync_progress = self._gauge(
             "ftd_sync_progress_ratio",
-            "How much of the first copy, or of a new one, is done: 0 to 1; 1 while protected.",
+            "How much of the guest's memory is copied in the first copy, or in a new one: 0 to 1; 1 while "
+            "protected. A backup does not know, and tells 0 until it is done.",
         )
         self.sync_seconds = self._gauge(
             "ftd_sync_last_seconds", "How long the last complete copy took; NaN before the first."
@@ -319,13 +323,14 @@ class Metrics:
         )
         self.disk_apply_lag = self._gauge(
             "ftd_disk_apply_lag_seconds",
-            "How long after its acknowledgement the last frame was on the backup's disks; NaN before the "
-            "first.",
+            "On a backup: how long after its acknowledgement the last frame was on the disks, or how long "
+            "the oldest one waits for that by now, if that is longer; NaN before the first of a session, "
+            "and without one.",
         )
         self.disk_sync_progress = self._gauge(
             "ftd_disk_sync_progress_ratio",
             "How much of the disks has been compared with the backup's copy in this copy, or the last: 0 to "
-            "1; NaN before the first.",
+            "1; NaN before the first, and on a backup. Memory follows when it is 1.",
         )
         self.disk_sync_sent = self._counter(
             "ftd_disk_sync_sent_bytes_total", "Bytes of disks that were copied, since they differed."
@@ -552,11 +557,14 @@ class Metrics:
         age: seconds since the peer was last heard, None without a peer; called from the scraping thread.
         """
 
-        def value() -> float:
-            seconds = age()
-            return math.nan if seconds is None else seconds
+        self.heartbeat_age.set_function(_nan_if_none(age))
 
-        self.heartbeat_age.set_function(value)
+    def set_disk_apply_lag_source(self, lag: Callable[[], float | None]) -> None:
+        """Ask for the lag of the disks at each scrape: it grows while nothing is applied that could tell.
+
+        lag: in seconds, None when there is none to tell of; called from the scraping thread.
+        """
+        self.disk_apply_lag.set_function(_nan_if_none(lag))
 
     def set_standing(self, standing: Standing) -> None:
         """Show the standing towards the arbiter."""
@@ -608,6 +616,14 @@ class Metrics:
         if (description.kind == "counter") != description.name.endswith("_total"):
             raise ValueError(f"{description.name}: the names of counters, and of nothing else, end in _total")
         self._descriptions.append(description)
+
+
+def _nan_if_none(source: Callable[[], float | None]) -> Callable[[], float]:
+    def value() -> float:
+        seconds = source()
+        return math.nan if seconds is None else seconds
+
+    return value
 
 
 def _combinations(labels: Mapping[str, Sequence[str]]) -> Iterable[tuple[str, ...]]:

@@ -7,6 +7,7 @@ to the event loop's thread. Writing here does nothing but tell: no decision is t
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
@@ -61,6 +62,7 @@ class PeerView(Protocol):
 
     peer_node: str
     on_path: Callable[[str, bool, str], None]
+    on_missed: Callable[[], None]
     flight: Callable[[], Coroutine[Any, Any, Flight]] | None
 
     async def fetch_flight(self) -> Flight:
@@ -90,6 +92,37 @@ def with_disks(report: VerifyReport, result: DiskVerifyResult) -> VerifyReport:
     )
 
 
+class _ApplyLag:
+    """How late frames are on the backup's disks: those that wait for it, and the last one that was."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[float] = deque()  # when they were acknowledged, monotonic; oldest first
+        # Applied before their acknowledgement was heard of here: the news come from two threads.
+        self._ahead = 0
+        self._last: float | None = None
+
+    def acknowledged(self) -> None:
+        """A frame is to be applied, after those before it."""
+        if self._ahead:
+            self._ahead -= 1
+        else:
+            self._waiting.append(time.monotonic())
+
+    def applied(self, seconds: float) -> None:
+        """The oldest one was, so long after its acknowledgement."""
+        if self._waiting:
+            self._waiting.popleft()
+        else:
+            self._ahead += 1
+        self._last = seconds
+
+    def now(self) -> float | None:
+        """Seconds by which the last one was late, or the oldest is by now; None before the first."""
+        if not self._waiting:
+            return self._last
+        return max(time.monotonic() - self._waiting[0], self._last or 0.0)
+
+
 class Report:
     """The node's account of itself. `machine` is its state; `metrics` are its series."""
 
@@ -111,6 +144,7 @@ class Report:
         self.peer_name = ""
         self.peer_connected = False
         self._peer: PeerView | None = None
+        self._apply_lag = _ApplyLag()  # of this session
         self._paths_down: dict[str, str] = {}
         self._peer_address = config.link.peer
         self._peer_chosen = False
@@ -137,6 +171,7 @@ class Report:
         metrics.set_role(self.machine.role)
         metrics.set_state(self.machine.state)
         metrics.set_heartbeat_age_source(self._heartbeat_age)
+        metrics.set_disk_apply_lag_source(lambda: self._apply_lag.now() if self._peer is not None else None)
         metrics.set_paths(path.name for path in config.heartbeat.path)
         metrics.in_flight_limit.set(config.epoch.in_flight_mib << 20)
         metrics.set_epoch_length(self.configured_epoch, self.configured_epoch)
@@ -154,8 +189,10 @@ class Report:
     def session_began(self, peer: PeerView) -> None:
         """There is a session; what is shown of the peer is asked of it until `session_ended`."""
         self._peer = peer
+        self._apply_lag = _ApplyLag()
         self.peer_name, self.peer_connected = peer.peer_node, True
         peer.on_path = self._on_path
+        peer.on_missed = self.metrics.heartbeats_missed.inc
         peer.flight = self._own_flight
         for path in peer.paths():
             self.metrics.set_path(path.name, path.up)
@@ -347,6 +384,18 @@ class Report:
         self._begun += 1
         self.metrics.epochs_begun.inc()
 
+    def no_epochs(self) -> None:
+        """No epoch runs any more: what the last ones were like is not how it is now."""
+        self._epoch_length = self._target = self.configured_epoch
+        self._decided_by, self._account = "configured", None
+        self._speculation = self._speculation.model_copy(update={"active": False})
+        metrics = self.metrics
+        metrics.set_epoch_length(self.configured_epoch, self.configured_epoch)
+        metrics.epoch_slowdown.set(math.nan)
+        metrics.epoch_added_latency.set(math.nan)
+        metrics.hot_pages.set(0)
+        metrics.speculative_active.set(0)
+
     def epoch_aborted(self, reason: str, count: int = 1) -> None:
         """So many epochs will never be committed. reason: one of metrics.ABORT_REASONS."""
         self._aborted += count
@@ -440,13 +489,18 @@ class Report:
         )
 
     def journal(self, requests: int, size: int) -> None:
-        """Note what the guest did to its disks in an epoch. size: bytes of its journal."""
+        """Note what the guest did to its disks in an epoch. size: bytes of its journal.
+
+        On a backup: of an epoch that was acknowledged now, and is to be applied to the disks.
+        """
         self.metrics.epoch_disk_requests.observe(requests)
         self.metrics.epoch_journal_bytes.observe(size)
+        if self.machine.role == "backup":
+            self._apply_lag.acknowledged()
 
     def disks_applied(self, seconds: float) -> None:
-        """Note how long after its acknowledgement a frame was on the disks."""
-        self.metrics.disk_apply_lag.set(seconds)
+        """Note how long after its acknowledgement the next frame was on the disks."""
+        self._apply_lag.applied(seconds)
 
     def set_in_flight(self, size: int, epochs: int = 0) -> None:
         """Note the bytes under way to the backup, and how many closed epochs they belong to."""

@@ -26,8 +26,8 @@ class Pulse:
     progress: when a byte of a part last moved, monotonic ns. on_lateness(seconds): how late a tick was.
     on_silent(why): nothing was heard on any path. on_link_silent(why): nothing on the link, for longer than
     is accepted, and the peer is heard elsewhere. on_said(message, path): a Goodbye or a LinkCut on a further
-    path. on_goodbye(reason): likewise on the channel. on_path_lost, on_path: see Paths. on_failed(error):
-    the channel does not take a heartbeat.
+    path. on_goodbye(reason): likewise on the channel. on_path_lost, on_path: see Paths. on_missed(): the
+    peer has become suspect. on_failed(error): the channel does not take a heartbeat.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Pulse:
         on_said: Callable[[Goodbye | LinkCut, str], None],
         on_path_lost: Callable[[str], None],
         on_path: Callable[[str, bool, str], None],
+        on_missed: Callable[[], None],
         on_failed: Callable[[FtdError], None],
         dial: Callable[[PathSettings], Coroutine[Any, Any, Channel]] | None,
     ) -> None:
@@ -58,6 +59,7 @@ class Pulse:
         self._on_lateness = on_lateness
         self._on_silent, self._on_link_silent = on_silent, on_link_silent
         self._on_goodbye, self._on_failed = on_goodbye, on_failed
+        self._on_missed = on_missed
         # As of the peer's last heartbeat; "" and 0 before the first.
         self.peer_state = ""
         self.peer_epoch = 0
@@ -134,6 +136,7 @@ class Pulse:
         if verdict is Verdict.SUSPECT and before is Verdict.ALIVE:
             self.missed += 1
             _log.debug("heartbeat missing", peer=self._peer)
+            self._on_missed()
         # Not half an interval later, at the next tick. A look that was too late has to wait for that all the
         # same: there is no time left then.
         left = self.detector.deadline_ns() - now

@@ -77,6 +77,7 @@ class Session:
         self.on_end: Callable[[Session], None] | None = None  # the listener's, which keeps count
         # Told of each path that goes down or up: its name, which, and why.
         self.on_path: Callable[[str, bool, str], None] = lambda name, up, detail: None
+        self.on_missed: Callable[[], None] = lambda: None  # told each time that the peer becomes suspect
         # Makes this side's answer to a FlightWanted.
         self.flight: Callable[[], Coroutine[Any, Any, Flight]] | None = None
         self._flights: deque[asyncio.Future[Flight]] = deque()  # that were asked for
@@ -102,6 +103,7 @@ class Session:
             on_said=self._on_path_said,
             on_path_lost=self._on_path_lost,
             on_path=self._on_path_change,
+            on_missed=self._on_missed,
             on_failed=lambda error: self._on_channel_lost("heartbeat", error),
             dial=dial,
         )
@@ -305,6 +307,9 @@ class Session:
         if self.lost is None:
             (_log.info if up else _log.warning)("heartbeat path", path=name, up=up, reason=one_line(detail))
             self.on_path(name, up, detail)
+
+    def _on_missed(self) -> None:
+        self.on_missed()
 
     def _on_path_lost(self, name: str) -> None:
         self._follow(self._rules.path_ended(self._pulse.paths.living))

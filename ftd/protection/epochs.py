@@ -120,6 +120,7 @@ class Epochs:
         """Nothing is under way any more."""
         self._over = True
         self._report.set_in_flight(0)
+        self._report.no_epochs()
 
     async def wait_committed(self, epoch: int) -> None:
         """Return when an epoch is closed and committed."""
@@ -205,7 +206,8 @@ class Epochs:
         again = count_again(early.pages, checkpoint)
         one = Round(early=len(early.pages), again=again, link_was_full=self._stretched)
         self._speculation.observe(one)
-        self._report.speculation(self._speculation, one)
+        if not self._over:
+            self._report.speculation(self._speculation, one)
 
     async def checkpoint(self) -> tuple[float, float]:
         """Close the epoch, and hand its frame to the sender.
@@ -277,10 +279,10 @@ class Epochs:
         self, pause: Mapping[str, int], output: Mapping[str, Any], pages: int, hot: int, size: int
     ) -> None:
         self._report.pause(pause)
-        self._report.pace(self._pace)
         self._report.metrics.observe_frame(pages, size)
-        self._report.metrics.hot_pages.set(hot)
         if not self._over:
+            self._report.pace(self._pace)
+            self._report.metrics.hot_pages.set(hot)
             self._on_output(output)
 
     def on_ack(self, ack: Ack) -> None:

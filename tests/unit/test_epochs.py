@@ -1,6 +1,7 @@
 """What an acknowledgement does, over a real link: it releases output, unless it waited for too long here."""
 
 import asyncio
+import math
 import os
 import threading
 import tomllib
@@ -16,8 +17,9 @@ from ftd.config import Config
 from ftd.disksync import Questions
 from ftd.link import LinkOptions, Listener, Session
 from ftd.messages import Ack, HeartbeatSettings, Hello, Welcome
-from ftd.metrics import Metrics
+from ftd.metrics import PAUSE_PARTS, Metrics
 from ftd.monitor import Monitor
+from ftd.pacing import Account
 from ftd.protection.comparison import Comparison
 from ftd.protection.ends import ProtectionLost
 from ftd.protection.epochs import Epochs
@@ -165,6 +167,20 @@ async def test_what_waited_for_a_side_that_stood_still_releases_nothing(pair: Pa
         await pair.listen()
     assert pair.released() == 0
     assert not pair.fence.committed
+
+
+async def test_what_is_counted_after_the_end_changes_nothing_of_now(pair: Pair) -> None:
+    """The account of a checkpoint is kept a moment after it, and protection may end within that."""
+    pause = dict.fromkeys([f"{part}-ns" for part in PAUSE_PARTS], 10**6) | {"total-ns": 10**6}
+    pair.report.epoch_length(0.2)
+    pair.epochs.end()
+    pair.epochs._pace._account = Account(slowdown=0.5, added_latency=0.5)
+    pair.epochs._keep_account(pause, {}, 10, 7, 4096)
+    registry = pair.report.metrics.registry
+    assert registry.get_sample_value("ftd_epoch_stretch_ratio") == 1
+    assert registry.get_sample_value("ftd_hot_pages") == 0
+    assert math.isnan(registry.get_sample_value("ftd_epoch_slowdown_ratio") or 0)
+    assert registry.get_sample_value("ftd_pause_seconds_count") == 1
 
 
 async def test_a_side_that_is_late_by_less_than_the_limit_stays_protected(pair: Pair) -> None:

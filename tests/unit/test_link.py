@@ -369,6 +369,20 @@ async def test_silence_is_found_by_the_detector(options):
         assert backup.verdict is Verdict.SILENT
 
 
+async def test_a_heartbeat_that_does_not_come_is_told_before_anybody_is_lost(options):
+    slow = HeartbeatSettings(interval_ms=20, misses=100)
+    async with connected(options, hello(heartbeat=slow), admit=lambda h: admit(h, slow)) as (primary, backup):
+        missed, before = [], backup.heartbeats_missed
+        backup.on_missed = lambda: missed.append(1)
+        primary._pulse.stop()
+        await until(lambda: missed)
+        assert backup.lost is None
+        assert backup.heartbeats_missed == before + 1
+        # The same silence is told of once; the next one, again.
+        await primary.send(Ack(generation=3, epoch=1, part_count=1, bytes=1))
+        await until(lambda: len(missed) == 2)
+
+
 async def test_our_own_lateness_is_told_and_accuses_nobody(options):
     late = []
     settings = {"admit": lambda h: admit(h, QUICK), "on_lateness": late.append}
