@@ -83,10 +83,6 @@ class HeartbeatDetector:
             self.verdict = Verdict.SUSPECT
         return self.verdict
 
-    def stood_still_ns(self, now_ns: int) -> int:
-        """How long this side itself has not looked, beyond what is usual, as of now."""
-        return max(0, now_ns - self._last_tick_ns - self.period_ns)
-
     def stood_still_since(self, moment_ns: int, now_ns: int) -> int:
         """For how long nobody looked, in one stretch that ended after a moment or lasts; 0 if for no longer
         than the limit.

@@ -25,7 +25,7 @@ class LostReason:
     connection: Where
     last_heard_ns: int
     decided_ns: int
-    # How long this side itself had stood still when the session ended.
+    # How long this side itself had stood still when the session ended, or shortly before.
     stood_still_ns: int = 0
 
     @property

@@ -348,7 +348,8 @@ class Session:
             connection,
             detector.last_heard_ns,
             now,
-            max(detector.stood_still_ns(now), detector.lateness_ns),
+            # A loss that follows from it is found some ticks later, at the latest when the limit is over.
+            max(detector.lateness_ns, detector.stood_still_since(now - 2 * detector.limit_ns, now)),
         )
         self._pulse.stop()
         for grace in self._graces:

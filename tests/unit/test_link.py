@@ -394,6 +394,25 @@ async def test_our_own_lateness_is_told_and_accuses_nobody(options):
         assert primary.lost is None
 
 
+@pytest.mark.parametrize("how", ["reset", "silence"])
+async def test_a_loss_found_after_our_own_lateness_tells_of_it(options, how):
+    """A backup without an arbiter then does not take over: the primary may have gone on alone meanwhile."""
+    async with connected(options, hello(heartbeat=QUICK), admit=lambda h: admit(h, QUICK)) as pair:
+        primary, backup = pair
+        if how == "silence":
+            primary._pulse.stop()
+        threading.Event().wait(0.3)
+        if how == "reset":
+            # What the peer's kernel says to the first word of a side that woke comes after some ticks.
+            for _ in range(2):
+                before = backup._pulse.detector._last_tick_ns
+                await until(lambda before=before: backup._pulse.detector._last_tick_ns > before)
+            primary.abort("killed")
+        reason = await lost(backup)
+        assert reason.kind is (LostKind.RESET if how == "reset" else LostKind.SILENCE)
+        assert reason.stood_still_ns > 100_000_000
+
+
 @pytest.mark.parametrize("garbage", [b"\0" * 64, b"GET / HTTP/1.1\r\n\r\n" * 4, encode_header(1, 1, 0)])
 @pytest.mark.parametrize("connection", ["control", "heartbeat", "frames"])
 async def test_garbage_after_the_handshake_is_a_protocol_error(options, connection, garbage):
