@@ -11,9 +11,12 @@ cannot; and messages are no slower (bench/link measures both).
 
 import asyncio
 import errno
+import fcntl
 import os
 import socket
 import ssl
+import struct
+import termios
 import threading
 import time
 from collections import deque
@@ -140,6 +143,16 @@ class Channel:
     def secure(self) -> bool:
         """Whether TLS is in use."""
         return isinstance(self._socket, ssl.SSLSocket)
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes of the peer have arrived that were not handed over yet."""
+        if self._closed:
+            return False
+        if self._has_more():
+            return True
+        [count] = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, bytes(4)))
+        return bool(count)
 
     # ---- TLS ---------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ read: the tick after it does. A peer that is really dead is found all the same, 
 as every tick counts for something.
 
 A side that did not look for longer than the limit was silent itself meanwhile, so the peer may have given it
-up. `stood_still_since` says that, also after the next ticks: what came in the meantime is read after them.
+up. `stood_still_since` says that, also after the next ticks: what follows from it is read after them.
 
 Being wrong here costs an attempt to take over, never safety: who may run the guest is decided by the arbiter.
 """

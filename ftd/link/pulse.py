@@ -23,7 +23,9 @@ class Pulse:
 
     channel: the session's connection for heartbeats; who owns it has it deliver to `on_message`. peer: what
     the peer is called in messages.
-    progress: when a byte of a part last moved, monotonic ns. on_lateness(seconds): how late a tick was.
+    progress: when a byte of a part last moved, monotonic ns. unread: whether anything of the peer has
+    arrived that was not read yet. on_sure(): this side no longer doubts itself. on_lateness(seconds): how
+    late a tick was.
     on_silent(why): nothing was heard on any path. on_link_silent(why): nothing on the link, for longer than
     is accepted, and the peer is heard elsewhere. on_said(message, path): a Goodbye or a LinkCut on a further
     path. on_goodbye(reason): likewise on the channel. on_path_lost, on_path: see Paths. on_missed(): the
@@ -39,6 +41,8 @@ class Pulse:
         *,
         clock: Callable[[], int],
         progress: Callable[[], int],
+        unread: Callable[[], bool],
+        on_sure: Callable[[], None],
         on_lateness: Callable[[float], None] | None,
         on_silent: Callable[[str], None],
         on_link_silent: Callable[[str], None],
@@ -56,6 +60,10 @@ class Pulse:
         self._patience_seconds = options.patience_seconds
         self._clock = clock
         self._progress = progress
+        self._unread, self._on_sure = unread, on_sure
+        # This side stood still for longer than the peer waits, and has not heard from the peer of now since;
+        # and whether it has read all that came before it woke.
+        self._doubt = self._caught_up = False
         self._on_lateness = on_lateness
         self._on_silent, self._on_link_silent = on_silent, on_link_silent
         self._on_goodbye, self._on_failed = on_goodbye, on_failed
@@ -122,6 +130,10 @@ class Pulse:
         self.hear_progress()
         before = self.detector.verdict
         verdict = self.detector.tick(now)
+        if self.detector.stood_still_since(now - 1, now):
+            self._doubt, self._caught_up = True, False
+        if self._doubt and not self._caught_up:
+            self._caught_up = not self._unread()
         if verdict is Verdict.SILENT:
             age = (now - self.detector.last_heard_ns) / 1e6
             self._on_silent(
@@ -163,6 +175,17 @@ class Pulse:
         """Note a sign of life on the link."""
         self.detector.heard(now)
         self.paths.hear_link(now)
+        if self._doubt and self._caught_up and not self.detector.stood_still_since(now, now):
+            self._doubt = False
+            self._on_sure()
+
+    def doubts_itself(self, now: int) -> bool:
+        """Whether this side stood still for so long that the peer may have given it up, and does not know.
+
+        What it reads first when it wakes was said before; what comes once it has read all of that is said by
+        a peer that still holds to the session.
+        """
+        return self._doubt or self.detector.stood_still_since(now, now) > 0
 
     def hear_progress(self) -> None:
         """Bytes of a part are a sign of life, too: on a narrow path they delay the heartbeats."""

@@ -86,6 +86,7 @@ class Session:
         self._inbox: deque[ControlMessage] = deque()
         self._news = asyncio.Event()
         self._ended = asyncio.Event()
+        self._sure = asyncio.Event()
         self._rules = LossRules()
         self._graces: list[asyncio.TimerHandle] = []
         self._farewell: asyncio.Task[None] | None = None
@@ -96,6 +97,8 @@ class Session:
             options,
             clock=clock,
             progress=lambda: frames.progress_ns,
+            unread=lambda: control.unread or heartbeat.unread,
+            on_sure=self._sure.set,
             on_lateness=on_lateness,
             on_silent=lambda why: self._end(LostKind.SILENCE, why, "heartbeat"),
             on_link_silent=self._on_link_silent,
@@ -262,13 +265,14 @@ class Session:
         """What the detector thinks of the peer."""
         return self._pulse.detector.verdict
 
-    def stood_still_since(self, moment_ns: int) -> float:
-        """Seconds for which this side itself did not run, frozen or starved; 0 if the peer may have borne it.
-
-        That is one stretch which ended after a moment (of the session's clock) or lasts, and which was longer
-        than a silent peer is waited for. What arrived meanwhile may come from a peer that has given up since.
+    async def until_sure(self) -> None:
+        """Return at once; but after this side stood still, frozen or starved, for longer than a silent peer
+        is waited for: once it has heard from the peer of now, which may have given it up. Raises LinkLost.
         """
-        return self._pulse.detector.stood_still_since(moment_ns, self._clock()) / 1e9
+        while self._pulse.doubts_itself(self._clock()):
+            self._raise_if_lost()
+            self._sure.clear()
+            await self._sure.wait()
 
     def paths(self) -> list[PathState]:
         """How the paths are on which the peer is heard: the link first, then the further ones."""
@@ -365,6 +369,7 @@ class Session:
                 waiting.set_exception(LinkLost(kind, self.lost.detail))
         self._news.set()
         self._ended.set()
+        self._sure.set()
         log_it = _log.info if self.lost.planned else _log.warning
         log_it("link ended", peer=self.peer, reason=self.lost.kind, error=self.lost.detail)
         if self.on_end is not None:

@@ -34,15 +34,10 @@ ACCOUNT_AFTER = 0.002
 
 @dataclass
 class _InFlight:
-    """A frame that was gathered and is not acknowledged.
-
-    size: its bytes; resumed: when the guest ran again, seconds; handed_over: when its last part was to be
-    sent, monotonic ns.
-    """
+    """A frame that was gathered and is not acknowledged: its bytes, and when the guest ran again."""
 
     size: int
     resumed: float
-    handed_over: int
 
 
 @dataclass
@@ -249,7 +244,8 @@ class Epochs:
                 self._last_parts = parts
                 self._last_size = size + (early.size if early else 0) + self.backlog
                 self.backlog = 0
-                self.hand_over(epoch, self._last_size, resumed)
+                self.in_flight[epoch] = _InFlight(self._last_size, resumed)
+                self._account_in_flight()
             self._gathering.send(slot)
             if part["complete"]:
                 break
@@ -270,11 +266,6 @@ class Epochs:
         self._session.set_beat(self._report.machine.state.value, self._report.committed)
         return resumed, pause["total-ns"] / 1e9
 
-    def hand_over(self, epoch: int, size: int, resumed: float) -> None:
-        """The last part of a frame is about to be sent: from now on it may be acknowledged."""
-        self.in_flight[epoch] = _InFlight(size, resumed, time.monotonic_ns())
-        self._account_in_flight()
-
     def _keep_account(
         self, pause: Mapping[str, int], output: Mapping[str, Any], pages: int, hot: int, size: int
     ) -> None:
@@ -285,8 +276,12 @@ class Epochs:
             self._report.metrics.hot_pages.set(hot)
             self._on_output(output)
 
-    def on_ack(self, ack: Ack) -> None:
-        """An epoch is committed: release its output. Raises ProtectionLost for one that was not expected."""
+    async def on_ack(self, ack: Ack) -> None:
+        """An epoch is committed: release its output.
+
+        Raises ProtectionLost for one that was not expected, LinkLost if this side stood still and the backup
+        is gone.
+        """
         arrived = time.monotonic_ns()
         frame = self.in_flight.get(ack.epoch)
         # In order, once, of this generation: anything else is not the daemon that we know.
@@ -297,15 +292,8 @@ class Epochs:
                 resync=True,
                 aborted="invalid",
             )
-        # A side that stood still may have been deposed meanwhile, and asks before it says another word. If it
-        # did before it handed the frame over, the backup has answered since.
-        still = self._session.stood_still_since(frame.handed_over)
-        if still:
-            raise ProtectionLost(
-                f"this side itself stood still for {still:.2f} s: the backup may have taken over",
-                resync=False,
-                aborted="link",
-            )
+        # A side that stood still may have been deposed meanwhile: first it hears from the backup of now.
+        await self._session.until_sure()
         # Before anything else: clients wait for this.
         os.eventfd_write(self._gathering.release, 1)
         if not self.committed:

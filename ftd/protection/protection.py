@@ -224,7 +224,7 @@ class Protection:
             message = await self._session.receive()
             match message:
                 case Ack():
-                    self._epochs.on_ack(message)
+                    await self._epochs.on_ack(message)
                 case VerifyResult():
                     self._comparison.on_verified(message)
                 case SyncProgress():
