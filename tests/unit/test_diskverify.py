@@ -202,7 +202,7 @@ async def test_what_was_written_since_the_last_time_is_compared_and_all_of_it_wh
             whole = world.images[0]
             world.images[0] = Image("vd0", tmp_path / "0-0.img")
             world.images[0].close()
-            with pytest.raises(HostError, match=r"disk vd0 .*: reading at 0: bad file descriptor"):
+            with pytest.raises(HostError, match=r"disk vd0 .*: reading at \d+: bad file descriptor"):
                 await checks.whole()
             world.images[0] = whole
             assert (await checks.whole()).ok
