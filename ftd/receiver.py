@@ -179,6 +179,9 @@ class Receiver:
             self._shadow.check(result)
             for each in result.parts:
                 each.journal.check(self._sizes)
+            if self._spoiled:
+                result.release()
+                raise FrameError("what came before it could not be applied: it is not acknowledged")
             self._acknowledged[result.epoch] = time.monotonic()
             if self._replicate != "early":  # which leaves the memory behind on purpose
                 self._shadow.acknowledge(result.epoch)
