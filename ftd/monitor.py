@@ -56,6 +56,10 @@ def _quiet_logger() -> logging.Logger:
     return logger
 
 
+# An event that QEMU emits while it accepts the connection comes before its greeting, now and then.
+_TRIES = 3
+
+
 class _Client(QMPClient):
     """QMPClient with its hooks used."""
 
@@ -87,6 +91,10 @@ class _Client(QMPClient):
         return self._writer is None or self._writer.transport.get_write_buffer_size() == 0
 
 
+class _NoGreeting(QemuError):  # noqa: N818 - names what happened
+    """Something else was said first."""
+
+
 class Monitor:
     """A QMP connection to one QEMU. Belongs to the event loop in which it was made.
 
@@ -112,6 +120,15 @@ class Monitor:
 
         Raises QemuError if there is no socket, nobody answers, or what answers is not QMP.
         """
+        for _ in range(_TRIES - 1):
+            try:
+                return await cls._try_to_connect(path, timeout)
+            except _NoGreeting:
+                pass
+        return await cls._try_to_connect(path, timeout)
+
+    @classmethod
+    async def _try_to_connect(cls, path: Path | str, timeout: float) -> Self:
         self = cls(Path(path))
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
@@ -160,7 +177,7 @@ class Monitor:
                 raise QemuDied(
                     f"{self.path}: QEMU closed the connection before its greeting; see its log"
                 ) from None
-            raise QemuError(
+            raise _NoGreeting(
                 f"{self.path}: what answers there does not speak QMP; give the path of a QMP socket"
             ) from None
         except OSError as error:

@@ -95,6 +95,23 @@ async def test_binary_garbage_server(serve):
         await Monitor.connect(await serve(behave))
 
 
+async def test_an_event_may_come_before_the_greeting(serve):
+    """QEMU's main loop emits it, and another thread greets: it is connected to anew."""
+    connections = 0
+
+    async def behave(reader, writer):
+        nonlocal connections
+        connections += 1
+        if connections == 1:
+            writer.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\n')
+            await writer.drain()
+        await scripted(b'{"return": 7, "id": "ID"}')(reader, writer)
+
+    async with await Monitor.connect(await serve(behave)) as monitor:
+        assert await monitor.execute("x") == 7
+    assert connections == 2
+
+
 async def test_silent_server(serve):
     async def behave(reader, _writer):
         await reader.read()
