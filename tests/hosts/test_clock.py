@@ -95,12 +95,12 @@ async def rates(read: Callable[[], tuple[int, ...]], span_s: float) -> list[floa
 
 async def measure_drift(pair: Pair, read: Callable[[], tuple[int, ...]]) -> list[float]:
     """Drift of each clock by protection, in ms per minute. Begins without a backup, ends protected."""
-    without = await rates(read, 4)
+    without = await rates(read, 3)
     await pair.backup.start()
     await wait_ready(pair.backup)
     await pair.wait_protected()
     epochs = (await wait_committed(pair.primary, 5))["epoch"]["committed"]
-    within = await rates(read, 6)
+    within = await rates(read, 5)
     status = await pair.primary.status()
     assert status["epoch"]["committed"] - epochs > 100, "it was not protected all the time"
     drifts = [drift_ms_per_minute(*pair_of_rates) for pair_of_rates in zip(within, without, strict=True)]

@@ -82,7 +82,7 @@ async def start_clients(pair: Pair, timeout_s: float = 100.0) -> Clients:
 # ---- takeovers --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])  # the chaos schedules have more, and scripts/soak any number
 async def test_no_client_can_tell_that_the_host_died(start_pair: StartPair, seed: int) -> None:
     """All clients at once, and the primary's host dies at a random moment.
 
