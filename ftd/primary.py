@@ -41,7 +41,6 @@ from ftd.link import LinkOptions, Session
 from ftd.machine import MachineDescription, guest_disks, refuse_devices
 from ftd.marker import Marker, Markers, Worth
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost, Resume
-from ftd.monitor import Event
 from ftd.partner import Partner
 from ftd.protection import Protection, ProtectionLost, Suspended, Yielded
 from ftd.qemu import QemuProcess, RunFiles, is_running, require_patched
@@ -162,7 +161,6 @@ class Primary:
         self._session: Session | None = None
         self._held = False  # without an arbiter: output is held, and nobody said that it may go
         self._over = False  # the guest has ended: no more backups, and no more moves but to `stopped`
-        self._shutdown: str | None = None  # QEMU's reason, once the guest is ending
         self._unsubscribe: list[Callable[[], None]] = []
         self._took_over = markers is not None
         self._markers = markers or Markers([], config.node.name)  # of the guest's disks
@@ -180,11 +178,9 @@ class Primary:
         monitor = self._guest.monitor
         report.set_generation(self._generation)
         self._unsubscribe += [
-            monitor.on("SHUTDOWN", self._on_shutdown),
             monitor.on("STOP", lambda _: self._set_running(False)),
             monitor.on("RESUME", lambda _: self._set_running(True)),
         ]
-        self._shutdown = self._guest.shutdown  # it may have ended in the moment in which it was taken over
         if self._took_over:
             self._mark_alone()
         ended = asyncio.ensure_future(self._until_ended())
@@ -467,9 +463,6 @@ class Primary:
 
     # ---- the guest's end ----------------------------------------------------------------------------------
 
-    def _on_shutdown(self, event: Event) -> None:
-        self._shutdown = str(event.get("data", {}).get("reason", "unknown"))
-
     def _set_running(self, running: bool) -> None:
         self._report.qemu = self._report.qemu.model_copy(update={"running": running})
 
@@ -484,12 +477,12 @@ class Primary:
 
     async def _after_the_end(self) -> str:
         self._set_running(False)
-        session = self._session
-        if self._shutdown is not None and self._shutdown not in _NOT_WANTED:
-            reason = f"the guest has ended: {self._shutdown}"
+        session, shutdown = self._session, self._guest.shutdown
+        if shutdown is not None and shutdown not in _NOT_WANTED:
+            reason = f"the guest has ended: {shutdown}"
             if session is not None and session.lost is None:
                 with contextlib.suppress(FtdError):
-                    await session.send(GuestStopped(reason=self._shutdown, epoch=self._report.committed))
+                    await session.send(GuestStopped(reason=shutdown, epoch=self._report.committed))
                 await session.close(reason)
             self._authority.on(Happening.ENDED)
             await self._inquiry.stopped(self._generation)

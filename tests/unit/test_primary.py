@@ -4,7 +4,8 @@ All else of it is in tests/hosts, with real QEMUs and hosts.
 """
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,20 +235,21 @@ class Guest(SimpleNamespace):
     async def wait(self) -> None:
         await self.gone.wait()
 
+    async def kill(self) -> None:
+        self.gone.set()
+
 
 class Subscribed(Monitor):
-    """Its monitor, with the events that somebody listens to."""
+    """Its monitor, to which one may listen."""
 
     lost_reason = "gone"
 
     def __init__(self) -> None:
         self.lost = asyncio.Event()
-        self.heard: dict[str, Any] = {}
         self.told: list[tuple[str, dict[str, Any]]] = []
 
     def on(self, event: str, listener: Any) -> Any:
-        self.heard[event] = listener
-        return lambda: self.heard.pop(event)
+        return lambda: None
 
     async def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
         self.told.append((command, arguments))
@@ -312,6 +314,27 @@ class Scene:
     async def until_state(self, state: PairState) -> None:
         await self.until(lambda: self.report.machine.state is state)
 
+    async def until_asked(self, more: int = 1) -> None:
+        """The arbiter is asked so many more times."""
+        asked = self.arbiter.asked
+        await self.until(lambda: self.arbiter.asked >= asked + more)
+
+    async def put_a_question(self) -> asyncio.Event:
+        """One is under way, and not answered before the event is set."""
+        answer = self.arbiter.slow = asyncio.Event()
+        await self.until_asked()
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def copying_without_arbiter(folder: Path) -> AsyncIterator[Scene]:
+    """A copy to the backup has begun while the arbiter was gone, as it still is."""
+    scene = Scene(folder)
+    scene.arbiter.gone = True
+    async with scene:
+        await scene.until_state(PairState.SYNCING)
+        yield scene
+
 
 @pytest.fixture
 def copying(monkeypatch: pytest.MonkeyPatch, no_qemu: None) -> type[Copying]:
@@ -326,12 +349,8 @@ async def test_a_guest_that_is_held_is_let_go_as_soon_as_the_arbiter_answers_in_
     tmp_path: Path, copying: type[Copying]
 ) -> None:
     """A copy may take hours."""
-    scene = Scene(tmp_path)
-    scene.arbiter.gone = True
-    async with scene:
-        await scene.until_state(PairState.SYNCING)
-        asked = scene.arbiter.asked
-        await scene.until(lambda: scene.arbiter.asked > asked + 2)
+    async with copying_without_arbiter(tmp_path) as scene:
+        await scene.until_asked(3)
         assert len(scene.primary.sessions) == 1  # no answer, no harm
         assert not scene.guest.monitor.released
         scene.arbiter.gone = False
@@ -345,18 +364,14 @@ async def test_nothing_is_committed_while_a_question_is_under_way(
     tmp_path: Path, copying: type[Copying]
 ) -> None:
     """It could be granted afterwards: in another generation than the one that the backup has."""
-    scene = Scene(tmp_path)
-    scene.arbiter.gone = True
-    async with scene:
-        await scene.until_state(PairState.SYNCING)
-        scene.arbiter.slow = asyncio.Event()
-        asked = scene.arbiter.asked
-        await scene.until(lambda: scene.arbiter.asked > asked)
+    async with copying_without_arbiter(tmp_path) as scene:
+        answer = await scene.put_a_question()
         copying.commits.set()
-        await asyncio.sleep(0)
+        await scene.until(lambda: scene.primary._asking is None)  # the last answer is waited for
+        assert scene.report.status().authority.standing == Standing.ASKING
         scene.arbiter.gone = False
         copying.commits = asyncio.Event()
-        scene.arbiter.slow.set()
+        answer.set()
         await scene.until(lambda: len(scene.primary.sessions) == 2)
     assert scene.remembered == [2]
 
@@ -364,22 +379,14 @@ async def test_nothing_is_committed_while_a_question_is_under_way(
 async def test_a_copy_is_committed_without_an_arbiter_that_answers(
     tmp_path: Path, copying: type[Copying]
 ) -> None:
-    scene = Scene(tmp_path)
-    scene.arbiter.gone = True
-    async with scene:
-        await scene.until_state(PairState.SYNCING)
+    async with copying_without_arbiter(tmp_path) as scene:
         copying.commits.set()
         await scene.until(lambda: scene.report.status().authority.standing == Standing.PAIRED)
-        asked = scene.arbiter.asked
-        await asyncio.sleep(0.05)
-        assert scene.arbiter.asked == asked  # nothing is asked any more
+        assert scene.primary._asking is None  # nothing is asked any more
 
 
 async def test_an_operators_word_counts_during_a_copy_too(tmp_path: Path, copying: type[Copying]) -> None:
-    scene = Scene(tmp_path)
-    scene.arbiter.gone = True
-    async with scene:
-        await scene.until_state(PairState.SYNCING)
+    async with copying_without_arbiter(tmp_path) as scene:
         scene.primary.force()
         await scene.until_state(PairState.SOLO)
         assert len(scene.primary.sessions) == 1
@@ -387,27 +394,17 @@ async def test_an_operators_word_counts_during_a_copy_too(tmp_path: Path, copyin
 
 async def test_an_operators_word_is_for_one_time(tmp_path: Path, copying: type[Copying]) -> None:
     """One that comes too late must not be remembered, and later go past an arbiter that says no."""
-    scene = Scene(tmp_path)
-    scene.arbiter.gone = True
-    async with scene:
-        await scene.until_state(PairState.SYNCING)
-        scene.arbiter.slow = asyncio.Event()
-        asked = scene.arbiter.asked
-        await scene.until(lambda: scene.arbiter.asked > asked)
+    async with copying_without_arbiter(tmp_path) as scene:
+        answer = await scene.put_a_question()
         scene.primary.force()
         copying.commits.set()
-        scene.arbiter.slow.set()
+        answer.set()
         await scene.until(lambda: scene.report.status().authority.standing == Standing.PAIRED)
         # The backup takes over.
         scene.arbiter.gone = False
         scene.primary.reachable = False
         taken = Record(generation=2, owner="b", state="solo")
         await scene.arbiter.compare_and_set(await scene.arbiter.read(), taken)
-
-        async def kill() -> None:
-            scene.guest.gone.set()
-
-        scene.guest.kill = kill
         await scene.primary.sessions[0].close("the link is cut")
         with pytest.raises(module.Deposed):
             await scene.end()
@@ -433,8 +430,7 @@ async def test_an_arbiter_that_was_gone_is_told_who_has_the_guest_by_force(
         await scene.until(lambda: "arbiter_not_told" in scene.report.warning_names)
         await scene.until_state(PairState.SOLO)
         scene.primary.reachable = True
-        asked = scene.arbiter.asked
-        await scene.until(lambda: scene.arbiter.asked > asked + 2)
+        await scene.until_asked(3)
         assert not scene.primary.sessions
         scene.arbiter.gone = False
         await scene.until_state(PairState.SYNCING)
@@ -444,37 +440,27 @@ async def test_an_arbiter_that_was_gone_is_told_who_has_the_guest_by_force(
 
 
 async def test_a_no_during_a_copy_ends_the_guest(tmp_path: Path, copying: type[Copying]) -> None:
-    scene = Scene(tmp_path)
-    scene.arbiter.gone = True
-    killed = asyncio.Event()
-
-    async def kill() -> None:
-        killed.set()
-
-    scene.guest.kill = kill
-    async with scene:
-        await scene.until_state(PairState.SYNCING)
-        scene.arbiter.slow = asyncio.Event()
+    async with copying_without_arbiter(tmp_path) as scene:
+        answer = scene.arbiter.slow = asyncio.Event()
         taken = Record(generation=2, owner="b", state="solo")
         await FileArbiter.compare_and_set(scene.arbiter, await FileArbiter.read(scene.arbiter), taken)
         scene.arbiter.gone = False
-        scene.arbiter.slow.set()
+        answer.set()
         with pytest.raises(module.Deposed):
             await scene.end()
-        assert killed.is_set()
+        assert scene.guest.gone.is_set()
         assert not scene.guest.monitor.released
 
 
 async def test_a_guest_that_ends_during_a_question_has_ended(tmp_path: Path, copying: type[Copying]) -> None:
     """Rule S7: and nobody boots it again."""
     scene = Scene(tmp_path)
-    scene.arbiter.slow = asyncio.Event()
     async with scene:
-        await scene.until(lambda: scene.arbiter.asked)
-        scene.guest.monitor.heard["SHUTDOWN"]({"data": {"reason": "guest-shutdown"}})
+        answer = await scene.put_a_question()
+        scene.guest.shutdown = "guest-shutdown"
         scene.guest.gone.set()
         await scene.until(lambda: scene.report.status().authority.standing == Standing.ENDED)
-        scene.arbiter.slow.set()
+        answer.set()
         assert await scene.end() == "the guest has ended: guest-shutdown"
         assert in_words(await scene.arbiter.read()) == "2 a stopped"
 

@@ -5,12 +5,13 @@ end is no failure (rule S7).
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -163,6 +164,13 @@ class Backup:
     async def takes_over(self) -> asyncio.Task[int]:
         return await self.run(Record(generation=GENERATION, owner="a", state="paired", backup="b"))
 
+    @contextlib.contextmanager
+    def arbiter_away(self) -> Iterator[None]:
+        folder = self.config.node.state_folder.with_name("records")
+        away = folder.rename(folder.with_name("away"))
+        yield
+        away.rename(folder)
+
     async def becomes(self, wanted: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
             while not wanted():  # noqa: ASYNC110 - threads have a part in it
@@ -172,6 +180,13 @@ class Backup:
         self.process.kill()
         self.process.wait()
         self.node._report.flight.close()
+
+
+async def stop(task: asyncio.Task[int]) -> None:
+    """As the supervisor does."""
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @pytest.fixture
@@ -343,9 +358,7 @@ async def test_the_disks_are_made_durable_and_then_marked_while_the_guest_runs(
     assert note.worth is Worth.COPY
     gate.open()
     await backup.becomes(lambda: (note := backup.marker.read()) is not None and note.worth is Worth.ALONE)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await stop(task)
     assert backup.lives
 
 
@@ -388,21 +401,17 @@ async def test_an_arbiter_that_was_gone_hears_that_a_person_gave_the_guest_to_th
     backup: Backup,
 ) -> None:
     task = await backup.takes_over()
-    folder = backup.config.node.state_folder.with_name("records")
-    folder.rename(folder.with_name("away"))
-    await backup.becomes(lambda: backup.node._report.machine.state is PairState.HELD)
-    await backup.node.control("takeover", {"force": True})
-    await backup.becomes(lambda: "arbiter_not_told" in backup.node._report.warning_names)
-    assert "cont" in backup.qmp.said
-    folder.with_name("away").rename(folder)
+    with backup.arbiter_away():
+        await backup.becomes(lambda: backup.node._report.machine.state is PairState.HELD)
+        await backup.node.control("takeover", {"force": True})
+        await backup.becomes(lambda: "arbiter_not_told" in backup.node._report.warning_names)
+        assert "cont" in backup.qmp.said
     await backup.becomes(lambda: "arbiter_not_told" not in backup.node._report.warning_names)
     record = await backup.arbiter.read()
     assert record is not None
     assert (record.owner, record.state) == ("b", "solo")
     assert record.generation == backup.node._report.status().generation > GENERATION
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await stop(task)
     assert backup.lives
 
 
@@ -428,22 +437,16 @@ async def test_a_daemon_is_not_replaced_while_it_takes_over(
     gate.open()
     await backup.becomes(lambda: backup.node._primary is not None)
     assert backup.lives
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await stop(task)
 
 
 async def test_nor_while_it_is_held(backup: Backup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its primary is dead, and the arbiter out of reach: with the shadow, the guest would be gone."""
     task = await backup.takes_over()
-    folder = backup.config.node.state_folder.with_name("records")
-    folder.rename(folder.with_name("away"))
-    await backup.becomes(lambda: backup.node._report.machine.state is PairState.HELD)
-    with pytest.raises(FtdError, match=r"would be ended; this node is held \(the primary is lost"):
-        await upgrade(backup, monkeypatch)
-    folder.with_name("away").rename(folder)
+    with backup.arbiter_away():
+        await backup.becomes(lambda: backup.node._report.machine.state is PairState.HELD)
+        with pytest.raises(FtdError, match=r"would be ended; this node is held \(the primary is lost"):
+            await upgrade(backup, monkeypatch)
     await backup.becomes(lambda: backup.node._primary is not None)
     assert backup.lives
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await stop(task)

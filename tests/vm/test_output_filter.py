@@ -305,18 +305,24 @@ async def test_end_of_protection(machine: Machine) -> None:
         assert not (await machine.output())["holding"]
 
 
-async def test_a_full_queue_makes_the_guest_wait(machine: Machine) -> None:
-    """More answers than may be held: the guest keeps them in its own rings, and they come in order later."""
-    changed = asyncio.Event()
-    machine.monitor.on("X_FT_OUTPUT_FULL", lambda _: changed.set())
+async def begin_with_little_room(machine: Machine) -> asyncio.Event:
+    """Hold output, fewer answers than are asked for here; the event is set when a card has to wait."""
+    full = asyncio.Event()
+    machine.monitor.on("X_FT_OUTPUT_FULL", lambda _: full.set())
     await machine.begin(output_limit=4096)
     await machine.checkpoint(1)
+    return full
+
+
+async def test_a_full_queue_makes_the_guest_wait(machine: Machine) -> None:
+    """More answers than may be held: the guest keeps them in its own rings, and they come in order later."""
+    full = await begin_with_little_room(machine)
     tap = machine.wires["tap"]
     asked = range(10, 140)  # of 42 bytes and a header each
     for number in asked:
         tap.ask(number)
     async with asyncio.timeout(30):
-        await changed.wait()
+        await full.wait()
     assert tap.answers() == []
     output = await machine.output()
     assert (output["dropped"], output["pushed-back"] > 0, output["bytes"] <= 2 * 4096) == (0, True, True)
@@ -333,10 +339,7 @@ async def test_a_full_queue_makes_the_guest_wait(machine: Machine) -> None:
 
 async def test_the_end_of_protection_wakes_a_card_whose_backend_has_no_room(machine: Machine) -> None:
     """Nobody is left then who would wake it when there is room."""
-    full = asyncio.Event()
-    machine.monitor.on("X_FT_OUTPUT_FULL", lambda _: full.set())
-    await machine.begin(output_limit=4096)
-    await machine.checkpoint(1)
+    full = await begin_with_little_room(machine)
     wire = machine.wires["dgram"]
     asked = range(10, 140)
     async with asyncio.timeout(30):
