@@ -21,8 +21,8 @@ from dataclasses import replace
 
 import ftd
 from ftd import link, log, tap
-from ftd.authority import Authority, Release, Standing, may_begin_session
 from ftd.authority import Event as Happening
+from ftd.authority import Standing, may_begin_session
 from ftd.carried import Carried
 from ftd.config import Config
 from ftd.errors import (
@@ -36,9 +36,10 @@ from ftd.errors import (
     QemuError,
     friendly,
 )
-from ftd.inquiry import Inquiry, Outcome
+from ftd.inquiry import Inquiry
 from ftd.link import LinkOptions, Session
 from ftd.machine import MachineDescription, guest_disks, refuse_devices
+from ftd.mandate import Mandate
 from ftd.marker import Marker, Markers, Worth
 from ftd.messages import GuestStopped, HeartbeatSettings, Hello, QemuLost, Resume
 from ftd.partner import Partner
@@ -60,13 +61,8 @@ RETRY_AFTER_REFUSAL_SECONDS = 5.0
 # The same while output is held for a daemon that is being replaced.
 RETRY_TO_RESUME_SECONDS = 0.05
 
-# Between two questions to an arbiter that does not answer.
-ASK_AGAIN_SECONDS = 0.5
-
 # For a backup to take a connection while this side is held, and would rather hear of the arbiter.
 CONNECT_WHILE_ASKING_SECONDS = 1.5
-
-_SETTLED = "who has the guest was settled while it was copied"
 
 # Reasons of QEMU's SHUTDOWN event that come from the host and not from anybody who wants the guest to end:
 # a signal to QEMU. The guest did nothing, so this is a loss like any other.
@@ -138,29 +134,28 @@ class Primary:
         self._report = report
         self._options = options
         self._guest = guest
-        self._generation = generation
-        self._authority = Authority(standing, report.on_authority)
-        report.set_standing(standing)
-        self._inquiry = inquiry
+        self._mandate = Mandate(
+            report,
+            inquiry,
+            generation,
+            standing,
+            told=told,
+            won=self._on_generation,
+            replicated=lambda generation: self._markers.write(Worth.REPLICATED, generation),
+        )
         self._partner = partner
         self._remember = remember
         self._handed = handed
         self._carried: Carried | None = None  # protection that has no session, and is to go on over another
         self._restarting = False  # this daemon is to be replaced when this session has ended
         self._next_epoch = 1
-        self._paired_with = ""  # the backup that the arbiter has on record, in this generation
         self._stopped_guest = False  # for a switchover that is not over
         self._paused = False  # protection is not wanted
         self._nudge = asyncio.Event()  # something changed for whoever waits to look for a backup
-        self._forced = False  # an operator says that the other side is dead
-        self._told = told or not inquiry.decides
-        self._asking: asyncio.Task[bool] | None = None  # while a copy is made
         self._closing: asyncio.Future[None] | None = None
         self._description: MachineDescription | None = None
         self._protection: Protection | None = None
         self._session: Session | None = None
-        self._held = False  # without an arbiter: output is held, and nobody said that it may go
-        self._over = False  # the guest has ended: no more backups, and no more moves but to `stopped`
         self._unsubscribe: list[Callable[[], None]] = []
         self._took_over = markers is not None
         self._markers = markers or Markers([], config.node.name)  # of the guest's disks
@@ -176,7 +171,7 @@ class Primary:
         """
         report = self._report
         monitor = self._guest.monitor
-        report.set_generation(self._generation)
+        report.set_generation(self._mandate.generation)
         self._unsubscribe += [
             monitor.on("STOP", lambda _: self._set_running(False)),
             monitor.on("RESUME", lambda _: self._set_running(True)),
@@ -191,7 +186,7 @@ class Primary:
                 # A loss of QEMU is seen by the work a moment before the process is reaped.
                 error = work.exception()
                 if isinstance(error, Deposed):
-                    self._over = True
+                    self._mandate.over = True
                     await self._guest.kill()
                     report.qemu = QemuStatus()
                     report.no_output()
@@ -199,7 +194,7 @@ class Primary:
                 if not isinstance(error, QemuDied):
                     raise error if error is not None else AssertionError("the primary has no work left")
                 await ended
-            self._over = True
+            self._mandate.over = True
             return await self._after_the_end()
         finally:
             for unsubscribe in self._unsubscribe:
@@ -209,12 +204,16 @@ class Primary:
             with contextlib.suppress(asyncio.CancelledError, FtdError, Succession):
                 await work
             if self._carried is not None:
-                if self._over:
+                if self._mandate.over:
                     self._carried.close()
                 else:
                     with contextlib.suppress(FtdError):
                         await self._give_up_resuming("the daemon was told to stop")
-            if not self._over and self._inquiry.decides and self._authority.standing is Standing.ASKING:
+            if (
+                not self._mandate.over
+                and self._mandate.has_arbiter
+                and self._mandate.standing is Standing.ASKING
+            ):
                 # A planned stop: the guest is to be served while there is no daemon. Without an answer its
                 # output stays held until there is one again.
                 with contextlib.suppress(FtdError):
@@ -308,106 +307,32 @@ class Primary:
 
     def force(self) -> str:
         """Go on alone whatever the arbiter says. Raises FtdError if this node's output is not held."""
-        if self._authority.standing not in (Standing.ASKING, Standing.UNSURE):
+        if not self._mandate.may_be_forced:
             raise FtdError(
                 f"nothing to force: this node is {self._report.machine.state}, and its output is not held"
             )
-        self._forced = True
+        self._mandate.force()
         self._nudge.set()
         return "output is being released; see ftd status"
 
-    # ---- authority: the fence of ftd/protection -----------------------------------------------------------
-
-    async def before_first_commit(self) -> None:
-        """See protection.Fence."""
-        await self._markers.write(Worth.REPLICATED, self._generation)
-
-    async def ready_to_commit(self) -> None:
-        """See protection.Fence."""
-        if await self._stop_asking():
-            raise ProtectionLost(f"{_SETTLED}: another copy is needed", resync=True, aborted="stopped")
-
-    def on_first_commit(self) -> None:
-        """See protection.Fence."""
-        self._held = self._forced = False
-        self._happened(Happening.COMMITTED)
-
-    async def pair(self) -> None:
-        """See protection.Fence."""
-        assert self._session is not None
-        backup = self._session.peer_node
-        while True:
-            outcome = await self._inquiry.pairing(self._generation, backup)
-            self._happened(outcome.event)
-            if outcome.granted:
-                self._paired_with = backup
-                return
-            if outcome.event is Happening.DENIED:
-                raise Deposed(f"this node has lost the guest: {outcome.reason}")
-            if self._paired_with == backup:
-                return  # it is on record from before, and neither side has asked for anything since
-            await asyncio.sleep(ASK_AGAIN_SECONDS)
-
-    def release_at_the_end(self, committed: bool) -> bool:
-        """See protection.Fence."""
-        if not self._authority.knows(Happening.LOST):
-            return False  # deposed, or the guest has ended
-        self._authority.on(Happening.LOST)
-        if not self._inquiry.decides and not self._held and self._authority.standing is Standing.ASKING:
-            self._authority.on(Happening.GRANTED)  # nobody to ask
-        return self._authority.release is Release.ALL
-
-    def _happened(self, event: Happening) -> None:
-        """Change the standing. Raises QemuDied once the guest has ended: nothing changes it any more."""
-        if self._over:
-            raise QemuDied("the guest has ended")
-        self._authority.on(event)
-
-    async def _ask(self) -> Outcome:
-        """Ask once to go on alone, or have the arbiter told of what a person has decided.
-
-        Raises Deposed if the other side has the guest, QemuDied if the guest has ended meanwhile.
-        """
-        if self._forced or not self._told:
-            self._forced = self._told = False
-            outcome = await self._inquiry.force(self._generation)
-            self._told = outcome.granted
-            self._happened(Happening.FORCED)
-            if not self._told:
-                self._report.warn(
-                    "arbiter_not_told", f"taken by force, and not known to it: {outcome.reason}"
-                )
-        else:
-            outcome = await self._inquiry.solo(self._generation)
-            self._happened(outcome.event)
-        if self._authority.standing is Standing.DEPOSED:
-            raise Deposed(f"this node has lost the guest: {outcome.reason}")
-        if self._authority.standing is Standing.ALONE:
-            self._forced = self._held = False
-            self._paired_with = ""
-        if self._told:
-            self._report.clear_warning("arbiter_not_told")
-        if outcome.granted and outcome.record is not None and outcome.record.generation > self._generation:
-            self._generation, self._next_epoch = outcome.record.generation, 1
-            self._report.set_generation(self._generation)
-            self._remember(self._generation)
-        return outcome
+    # ---- authority -----------------------------------------------------------------------------------------
 
     async def _ask_for_solo(self) -> None:
         """Ask once, with no session, and let output go if that is granted. Raises Deposed."""
-        if not self._inquiry.decides and not self._forced:
+        mandate = self._mandate
+        if not mandate.has_arbiter and not mandate.forced:
             # Only an operator knows who has the guest.
             info = await self._guest.monitor.execute("query-x-ft")
             self._report.output(info["output"], None)
-            self._held = info["output"]["holding"]
-            if not self._held:
-                self._happened(Happening.FORCED)
+            mandate.held = info["output"]["holding"]
+            if not mandate.held:
+                mandate.happened(Happening.FORCED)
             return
-        flowed, forced = self._authority.release is Release.ALL, self._forced
-        outcome = await self._ask()
+        flowed, forced = mandate.flows, mandate.forced
+        outcome = await mandate.ask()
         if flowed:
             return
-        if self._authority.standing is not Standing.ALONE:
+        if mandate.standing is not Standing.ALONE:
             info = await self._guest.monitor.execute("query-x-ft")
             self._report.output(info["output"], None)
             self._report.machine.move(PairState.HELD, f"output is held: {outcome.reason}")
@@ -419,34 +344,10 @@ class Primary:
             f"{'an operator' if forced else 'the arbiter'} gave this node the authority to go on alone"
         )
 
-    async def _ask_during_copy(self, session: Session) -> bool:
-        """Ask for as long as the copy takes, since output is held; end the session once that is settled.
-
-        Returns whether it is. The copy is of a generation, and may not be committed in another; nor may it
-        while a question can still be granted. Raises what `_ask` raises.
-        """
-        me = asyncio.current_task()
-        while self._asking is me and not self._settled():
-            await self._sleep(ASK_AGAIN_SECONDS)
-            if self._asking is me and (self._inquiry.decides or self._forced):
-                try:
-                    await self._ask()
-                finally:
-                    if self._settled():
-                        await session.close(_SETTLED)
-        return self._settled()
-
-    def _settled(self) -> bool:
-        return self._authority.standing is not Standing.ASKING
-
-    async def _stop_asking(self) -> bool:
-        """Return when no question is under way; whether it is settled who has the guest. Raises Deposed."""
-        asking, self._asking = self._asking, None
-        if asking is None:
-            return False
-        self._nudge.set()
-        await asyncio.wait({asking})  # and not for it: one that is cancelled may have been carried out
-        return asking.result()
+    def _on_generation(self, generation: int) -> None:
+        self._next_epoch = 1
+        self._report.set_generation(generation)
+        self._remember(generation)
 
     def _on_move(self, move: Move) -> None:
         if move.to is PairState.SOLO:
@@ -459,7 +360,7 @@ class Primary:
             if not task.cancelled() and (error := task.exception()) is not None:
                 _log.error("a disk is not marked as the newest copy", reason=friendly(error))
 
-        self._markers.start(Worth.ALONE, self._generation).add_done_callback(written)
+        self._markers.start(Worth.ALONE, self._mandate.generation).add_done_callback(written)
 
     # ---- the guest's end ----------------------------------------------------------------------------------
 
@@ -484,8 +385,7 @@ class Primary:
                 with contextlib.suppress(FtdError):
                     await session.send(GuestStopped(reason=shutdown, epoch=self._report.committed))
                 await session.close(reason)
-            self._authority.on(Happening.ENDED)
-            await self._inquiry.stopped(self._generation)
+            await self._mandate.guest_has_ended()
             self._mark_alone()
             await self._markers.settle()
             self._report.machine.move(PairState.STOPPED, reason)
@@ -498,7 +398,7 @@ class Primary:
         if session is not None and session.lost is None:
             with contextlib.suppress(FtdError):
                 await session.send(QemuLost(detail=detail))
-        if not self._inquiry.decides:
+        if not self._mandate.has_arbiter:
             self._report.machine.move(PairState.STOPPED, detail)
         if session is not None:
             await session.close(detail)
@@ -517,11 +417,11 @@ class Primary:
         if self._carried is None:
             info = await monitor.execute("query-x-ft")
             holding = info["output"]["holding"]
-            if not self._inquiry.decides:
-                self._held = holding
-                if not holding and self._authority.standing is Standing.ASKING:
-                    self._happened(Happening.GRANTED)
-            free = self._authority.release is Release.ALL
+            if not self._mandate.has_arbiter:
+                self._mandate.held = holding
+                if not holding and self._mandate.standing is Standing.ASKING:
+                    self._mandate.happened(Happening.GRANTED)
+            free = self._mandate.flows
             await monitor.execute("x-ft-end", output="release" if free else "hold")
             if holding and not free:
                 self._report.output(info["output"], None)
@@ -542,14 +442,14 @@ class Primary:
             running=(await monitor.execute("query-status"))["running"],
         )
         told, refused = "", 0
-        while not self._over:
+        while not self._mandate.over:
             wait = RETRY_SECONDS
             if self._carried is not None and await self._resume(self._carried):
                 continue
-            if self._authority.standing in (Standing.ASKING, Standing.UNSURE) or not self._told:
+            if self._mandate.standing in (Standing.ASKING, Standing.UNSURE) or not self._mandate.told:
                 await self._ask_for_solo()
-            if self._paused or not self._told or not may_begin_session(self._authority.standing):
-                if self._authority.release is Release.ALL:
+            if self._paused or not self._mandate.told or not may_begin_session(self._mandate.standing):
+                if self._mandate.flows:
                     self._alone(
                         "protection is paused by an operator"
                         if self._paused
@@ -557,7 +457,7 @@ class Primary:
                     )
                 await self._sleep(wait)
                 continue
-            asking = self._authority.release is not Release.ALL and self._inquiry.decides
+            asking = not self._mandate.flows and self._mandate.has_arbiter
             try:
                 # The arbiter is to be asked again soon, whatever a host that is gone makes of our packets.
                 async with asyncio.timeout(CONNECT_WHILE_ASKING_SECONDS if asking else None):
@@ -570,14 +470,14 @@ class Primary:
                 if text != told:
                     told = text
                     _log.warning("no backup: the guest runs unprotected", reason=text)
-                if self._authority.release is Release.ALL:
+                if self._mandate.flows:
                     self._alone(text)
                 await self._sleep(wait)
                 continue
             told, refused = "", 0
             if await self._with_backup(session):
                 continue
-            if self._authority.release is Release.ALL or not self._inquiry.decides:
+            if self._mandate.flows or not self._mandate.has_arbiter:
                 await self._sleep(wait)
 
     def _alone(self, reason: str) -> None:
@@ -602,7 +502,7 @@ class Primary:
         """Go on with what a predecessor has handed on, if QEMU says the same; the standing is `paired`."""
         self._handed = None
         assert handed.primary is not None
-        self._paired_with = handed.primary.paired_with
+        self._mandate.paired_with = handed.primary.paired_with
         self._next_epoch = handed.epoch + 2
         try:
             info = await self._guest.monitor.execute("query-x-ft")
@@ -615,7 +515,7 @@ class Primary:
         except HostError as error:
             _log.error("protection does not go on", reason=friendly(error))
             handed.close()
-            self._authority.on(Happening.LOST)
+            self._mandate.happened(Happening.LOST)
             return
         self._report.output(info["output"], None)
         self._report.epoch, self._report.committed = handed.epoch + 1, handed.epoch
@@ -654,9 +554,9 @@ class Primary:
         self._report.away = ""
         _log.warning("protection does not go on without a copy", reason=reason)
         self._report.flight.note("not-resumed", reason=reason)
-        if carried.own and not self._inquiry.decides:
-            self._held = True  # the backup had reason to take over, and there is nobody who knows
-        free = self.release_at_the_end(committed=True)
+        if carried.own and not self._mandate.has_arbiter:
+            self._mandate.held = True  # the backup had reason to take over, and there is nobody who knows
+        free = self._mandate.release_at_the_end(committed=True)
         await self._guest.monitor.execute("x-ft-end", output="release" if free else "hold")
         carried.close()
         if free:
@@ -670,7 +570,7 @@ class Primary:
             software_version=ftd.__version__,
             node=self._config.node.name,
             session=uuid.uuid4(),
-            generation=self._generation,
+            generation=self._mandate.generation,
             epoch_ms=self._config.epoch.length_ms,
             heartbeat=HeartbeatSettings(
                 interval_ms=self._config.heartbeat.interval_ms, misses=self._config.heartbeat.misses
@@ -739,14 +639,14 @@ class Primary:
             report,
             self._guest.monitor,
             session,
-            self._generation,
+            self._mandate.generation,
             self._next_epoch if carried is None else carried.epoch,
-            fence=self,
+            fence=self._mandate,
             carried=carried,
         )
         again, aborted = False, "link"
         reason, suspended = "", False
-        report.flight.note("session", peer=session.peer_node, generation=self._generation)
+        report.flight.note("session", peer=session.peer_node, generation=self._mandate.generation)
         try:
             await self._run_protection(protection, session)
         except Yielded as error:
@@ -781,9 +681,9 @@ class Primary:
             if not suspended:
                 missed = session.heartbeats_missed
                 report.flight.note("session-lost", reason=reason or "ended here", heartbeats_missed=missed)
-            if not self._over and reason:
+            if not self._mandate.over and reason:
                 _log.warning("protection is lost", reason=reason)
-                if self._authority.release is not Release.ALL:
+                if not self._mandate.flows:
                     report.machine.move(PairState.HELD, reason)
                 elif again:
                     report.machine.move(PairState.SYNCING, reason)
@@ -791,22 +691,20 @@ class Primary:
                     self._alone(reason)
         if self._restarting:
             raise Succession(None)
-        if self._authority.release is Release.ALL:
+        if self._mandate.flows:
             await self._let_stopped_guest_go()
         return again
 
     async def _run_protection(self, protection: Protection, session: Session) -> None:
-        if self._authority.standing is Standing.ASKING:
-            self._asking = asyncio.ensure_future(self._ask_during_copy(session))
-        try:
+        async with self._mandate.over_session(session):
             await protection.run()
-        finally:
-            await self._stop_asking()
 
     def _suspended(self, carried: Carried) -> None:
         """A daemon of the pair is being replaced. Raises Succession if it is this one."""
         if carried.own:
-            raise Succession(carried.hand_on(self._config.node.name, self._guest.pid, self._paired_with))
+            raise Succession(
+                carried.hand_on(self._config.node.name, self._guest.pid, self._mandate.paired_with)
+            )
         self._carried = carried
         _log.info("waiting for the backup to go on", peer=carried.peer_node, seconds=round(carried.left, 1))
         self._report.flight.note(

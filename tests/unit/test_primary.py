@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 from unit import sample
 
+from ftd import mandate
 from ftd import primary as module
 from ftd.arbiter import NoArbiter, Record
 from ftd.arbiter_file import FileArbiter
@@ -340,7 +341,7 @@ async def copying_without_arbiter(folder: Path) -> AsyncIterator[Scene]:
 def copying(monkeypatch: pytest.MonkeyPatch, no_qemu: None) -> type[Copying]:
     Copying.commits = asyncio.Event()
     monkeypatch.setattr(module, "Protection", Copying)
-    monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(mandate, "ASK_AGAIN_SECONDS", 0.01)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
     return Copying
 
@@ -367,7 +368,7 @@ async def test_nothing_is_committed_while_a_question_is_under_way(
     async with copying_without_arbiter(tmp_path) as scene:
         answer = await scene.put_a_question()
         copying.commits.set()
-        await scene.until(lambda: scene.primary._asking is None)  # the last answer is waited for
+        await scene.until(lambda: scene.primary._mandate._asking is None)  # the last answer is waited for
         assert scene.report.status().authority.standing == Standing.ASKING
         scene.arbiter.gone = False
         copying.commits = asyncio.Event()
@@ -382,7 +383,7 @@ async def test_a_copy_is_committed_without_an_arbiter_that_answers(
     async with copying_without_arbiter(tmp_path) as scene:
         copying.commits.set()
         await scene.until(lambda: scene.report.status().authority.standing == Standing.PAIRED)
-        assert scene.primary._asking is None  # nothing is asked any more
+        assert scene.primary._mandate._asking is None  # nothing is asked any more
 
 
 async def test_an_operators_word_counts_during_a_copy_too(tmp_path: Path, copying: type[Copying]) -> None:
