@@ -56,7 +56,7 @@ class Mandate:
         self._forced = False  # an operator says that the other side is dead
         self._backup = ""  # of the session that there is, or was
         self._asking: asyncio.Task[bool] | None = None  # while a copy is made
-        self._nudge = asyncio.Event()
+        self._nudge = asyncio.Event()  # something changed for whoever waits to ask again
 
     @property
     def standing(self) -> Standing:

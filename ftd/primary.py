@@ -7,8 +7,9 @@ end ends the primary:
     its QEMU died                                QemuLost to the backup, which takes over
     the other side has the authority             the guest is killed, and this node becomes the backup
 
-What may be said of the guest's output is ftd/authority.py's to decide. When the backup is lost, all of it is
-held until the arbiter has given this side the authority to go on alone; the guest is `held` so long.
+What may be said of the guest's output is ftd/authority.py's to decide, and ftd/mandate.py asks for it. When
+the backup is lost, all of it is held until the arbiter has given this side the authority to go on alone; the
+guest is `held` so long.
 """
 
 from __future__ import annotations
@@ -648,7 +649,8 @@ class Primary:
         reason, suspended = "", False
         report.flight.note("session", peer=session.peer_node, generation=self._mandate.generation)
         try:
-            await self._run_protection(protection, session)
+            async with self._mandate.over_session(session):
+                await protection.run()
         except Yielded as error:
             aborted = error.aborted
             raise Deposed(str(error)) from None
@@ -694,10 +696,6 @@ class Primary:
         if self._mandate.flows:
             await self._let_stopped_guest_go()
         return again
-
-    async def _run_protection(self, protection: Protection, session: Session) -> None:
-        async with self._mandate.over_session(session):
-            await protection.run()
 
     def _suspended(self, carried: Carried) -> None:
         """A daemon of the pair is being replaced. Raises Succession if it is this one."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Fence(Protocol):
-    """What the primary says about authority; the rules are in ftd/authority.py."""
+    """What ftd/mandate.py says about authority; the rules are in ftd/authority.py."""
 
     async def before_first_commit(self) -> None:
         """The backup may take over once a frame is on its way: return when that is noted for the disks.
