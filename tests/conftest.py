@@ -5,11 +5,17 @@ under way, and all others wait for it. Such tests come last, so that no process 
 """
 
 import fcntl
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import IO
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """A run that is ended from outside cleans up after itself, as with Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -62,6 +62,8 @@ static volatile bool second_runs;
 static enum pattern pattern = SEQUENTIAL;
 static bool check = true;
 static uint32_t device_pages;
+static bool restart;                    /* the second processor does nothing but start, again and again */
+static uint32_t restarts, lost_restarts;
 static uint32_t ticks_per_second, ticks_per_round;      /* 0: no waiting between rounds */
 
 /* ---- the machine ---- */
@@ -635,6 +637,25 @@ static bool start_second(void)
     return second_runs;
 }
 
+/*
+ * Once more, as soon as it runs. Nothing is waited for between INIT and start-up: if the first is lost, the
+ * processor does not care about the second, and goes on where it was.
+ */
+static void restart_second(void)
+{
+    uint32_t start = ticks;
+
+    second_runs = false;
+    write_apic(APIC_COMMAND, 0xc4500);
+    write_apic(APIC_COMMAND, 0xc4600 | TRAMPOLINE / PAGE_SIZE);
+    while (!second_runs && ticks - start < 2 * ticks_per_second)
+        asm volatile("pause");
+    if (second_runs)
+        restarts++;
+    else
+        lost_restarts++;
+}
+
 /* Prints where both processors are: ten lines a second at most, one per round when slower. */
 static void tell(uint32_t tick)
 {
@@ -665,6 +686,10 @@ static void tell(uint32_t tick)
         print_pair("/", workers[1].round);
     print_pair(" tsc ", clocks->tsc);
     print_pair(" bad ", bad);
+    if (restart) {
+        print_pair(" restarts ", restarts);
+        print_pair(" lost ", lost_restarts);
+    }
     print("\n");
 }
 
@@ -684,6 +709,8 @@ static void work(struct worker *worker)
         }
         /* Only the first processor prints. */
         if (worker == &workers[0]) {
+            if (restart)
+                restart_second();
             look_at_clocks();
             tell(tick);
         }
@@ -739,6 +766,7 @@ void boot_processor(void)
     rate = read_number("opt/ftd/rounds_per_second", 20, 0, 1000);
     check = read_number("opt/ftd/check", 1, 0, 1);
     device_pages = read_number("opt/ftd/device_pages", 0, 0, MOST_DEVICE_PAGES);
+    restart = read_number("opt/ftd/restart", 0, 0, 1);
     read_pattern();
 
     /* At least 100 ticks a second, and a whole number of them for each round. */
@@ -757,8 +785,9 @@ void boot_processor(void)
     }
 
     memset(stamps, 0, area * sizeof(uint32_t));
-    share_out(second_runs ? 2 : 1, pages, area);
-    if (second_runs)
+    restart = restart && second_runs;
+    share_out(second_runs && !restart ? 2 : 1, pages, area);
+    if (second_runs && !restart)
         processors = 2;                 /* for this it waits, see second_processor() */
     print_pair("ftd-bare: ready pages=", pages);
     print_pair(" area=", area);
@@ -769,6 +798,8 @@ void boot_processor(void)
     print_pair(" processors=", processors);
     if (device_pages)
         print_pair(" device_pages=", device_pages);
+    if (restart)
+        print(" restart=1");
     print("\n");
     work(&workers[0]);
 }

@@ -374,3 +374,23 @@ async def test_best_tracker_is_chosen(mirror: Any, accelerator: str, ring: int, 
     status = await guest.begin()
     assert status["tracker"] == tracker
     assert status["switches"]["serial-pause"] is False
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("ring", [0, 65536], ids=["bitmap", "ring"])
+async def test_processor_is_started_again_and_again(mirror: Any, ring: int) -> None:
+    """One processor starts the other all the time, also while that one's registers are read.
+
+    An INIT that is carried out twice, or is put back as pending, has the second processor run the firmware,
+    which boots the guest anew. One that is lost leaves the second processor where it was.
+    """
+    told = r"^round \d+ .* restarts (?P<restarts>\d+) lost (?P<lost>\d+)$"
+    guest = await mirror("kvm", ring, vcpus=2, pages=2, area=2, rounds_per_second=0, restart=1)
+    await guest.begin()
+    for _ in range(500):
+        await guest.checkpoint()
+    guest.console.skip()
+    match = await guest.console.wait_for(told, 60)
+    assert len(guest.console.find_all("ftd-bare: ready")) == 1, "the guest has booted anew"
+    assert int(match["lost"]) == 0
+    assert int(match["restarts"]) >= 50
