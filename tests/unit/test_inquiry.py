@@ -7,35 +7,21 @@ from typing import Any
 
 import pytest
 from unit import sample
+from unit.lossy_arbiter import LossyArbiter
 
-from ftd.arbiter import Answer, NoArbiter, Record
+from ftd.arbiter import NoArbiter
 from ftd.arbiter_file import FileArbiter
 from ftd.authority import Event
 from ftd.config import load
-from ftd.errors import ArbiterUnreachable
 from ftd.inquiry import Inquiry
 from ftd.metrics import Metrics
 from ftd.report import Report
 
 
-class Unsure(FileArbiter):
-    """A real one whose answers get lost while `losing` says so: before or after the write."""
-
-    losing: str = ""
-
-    async def compare_and_set(self, expected: Record | None, new: Record) -> Answer:
-        if self.losing == "before":
-            raise ArbiterUnreachable("lost on the way there", in_doubt=True)
-        answer = await super().compare_and_set(expected, new)
-        if self.losing == "after":
-            raise ArbiterUnreachable("lost on the way back", in_doubt=True)
-        return answer
-
-
 @pytest.fixture
-def arbiter(tmp_path: Path) -> Unsure:
+def arbiter(tmp_path: Path) -> LossyArbiter:
     (tmp_path / "records").mkdir()
-    return Unsure(tmp_path / "records", "web", timeout=5)
+    return LossyArbiter(tmp_path / "records", "web", timeout=5)
 
 
 @pytest.fixture
@@ -51,7 +37,7 @@ def make(tmp_path: Path) -> Callable[..., Inquiry]:
     return inquiry
 
 
-async def test_story_of_a_pair(arbiter: Unsure, make: Callable[..., Inquiry]) -> None:
+async def test_story_of_a_pair(arbiter: LossyArbiter, make: Callable[..., Inquiry]) -> None:
     a, b = make(arbiter, "a"), make(arbiter, "b")
     assert (await a.first(None)).granted
     assert (await b.takeover(1)).event is Event.DENIED  # not on record
@@ -67,7 +53,7 @@ async def test_story_of_a_pair(arbiter: Unsure, make: Callable[..., Inquiry]) ->
     assert (await a.takeover(2)).event is Event.DENIED
 
 
-async def test_two_sides_at_once_never_both_win(arbiter: Unsure, make: Callable[..., Inquiry]) -> None:
+async def test_two_sides_at_once_never_both_win(arbiter: LossyArbiter, make: Callable[..., Inquiry]) -> None:
     a, b = make(arbiter, "a"), make(FileArbiter(arbiter._folder, "web", timeout=5), "b")
     generation = 1
     await a.first(None)
@@ -85,7 +71,7 @@ async def test_two_sides_at_once_never_both_win(arbiter: Unsure, make: Callable[
 
 @pytest.mark.parametrize("losing", ["before", "after"])
 async def test_doubt_is_settled_by_the_same_question(
-    arbiter: Unsure, make: Callable[..., Inquiry], losing: str
+    arbiter: LossyArbiter, make: Callable[..., Inquiry], losing: Any
 ) -> None:
     a = make(arbiter)
     await a.first(None)
@@ -102,7 +88,7 @@ async def test_doubt_is_settled_by_the_same_question(
 
 
 async def test_doubt_that_another_has_settled_is_denied(
-    arbiter: Unsure, make: Callable[..., Inquiry]
+    arbiter: LossyArbiter, make: Callable[..., Inquiry]
 ) -> None:
     a, other = make(arbiter), FileArbiter(arbiter._folder, "web", timeout=5)
     await a.first(None)
@@ -115,7 +101,7 @@ async def test_doubt_that_another_has_settled_is_denied(
 
 
 async def test_an_arbiter_that_is_older_is_not_believed_and_told(
-    arbiter: Unsure, make: Callable[..., Inquiry]
+    arbiter: LossyArbiter, make: Callable[..., Inquiry]
 ) -> None:
     a = make(arbiter)
     outcome = await a.solo(5)
